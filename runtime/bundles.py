@@ -1,0 +1,212 @@
+"""Bundles: which files make up a model, how they are built and how they are sampled. Needs no torch.
+
+A bundle is a directory with `bundle.toml`. File names in it are relative to the directory itself, or to a models
+directory that an operator names (a volume with the released files, used as it is). See docs/bundles.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+TASKS = ("animate", "text_to_video", "image_to_video", "speech_to_video")
+SOLVERS = ("unipc", "dpm++", "euler")
+PRESETS = ("wan2gp", "official")
+
+
+class BundleError(Exception):
+    """bundle.toml is wrong, or a file that it names is not there; the message names the entry."""
+
+
+@dataclass(frozen=True)
+class BundleComponent:
+    """One model of a bundle.
+
+    Attributes:
+        name: `transformer`, `vae`, `text_encoder`, `image_encoder`, ...
+        files: checkpoint files; several are read as one.
+        architecture: named preset of the service's model, empty when `config` says everything.
+        config: sizes of the model, by the names of its configuration class.
+        tokenizer: directory of the tokenizer, where the model has one.
+        dtype: of the weights in the files.
+        quantization: `quanto-int8`, or empty.
+        licence: SPDX identifier or name.
+        sha256: of the files in order, empty if not stated.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    architecture: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    dtype: str = ""
+    quantization: str = ""
+    licence: str = ""
+    sha256: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a bundle is sampled unless a request says otherwise."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    solver: str
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Video:
+    """Sizes of the videos that a bundle makes.
+
+    Attributes:
+        height, width: their product is the default number of pixels of a frame.
+        window_frames: frames that are denoised together, 4k + 1.
+        window_overlap_frames: frames that a later window takes over from the one before, 4k + 1.
+        max_pixels: of a frame.
+        max_frames: of a video.
+        size_multiple: height and width are multiples of it.
+        frames_per_second: where there is no driving video to take it from.
+        color_correction_strength: of later windows, 0 to 1.
+    """
+
+    height: int
+    width: int
+    window_frames: int
+    window_overlap_frames: int
+    max_pixels: int
+    max_frames: int
+    size_multiple: int
+    frames_per_second: float
+    color_correction_strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """Choices where released code contradicts itself (docs/quirks.md).
+
+    Attributes:
+        pose_time_origin: first time position of the pose tokens: 0 (wan2gp) or 1 (official, as trained).
+        image_resize: of the picture for the image encoder: `lanczos` (wan2gp) or `bicubic` (official).
+        pixel_rounding: of decoded values: `nearest` (wan2gp) or `truncate` (official).
+    """
+
+    pose_time_origin: int = 1
+    image_resize: str = "bicubic"
+    pixel_rounding: str = "nearest"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What bundle.toml says."""
+
+    name: str
+    task: str
+    family: str
+    description: str
+    revision: str
+    components: Mapping[str, BundleComponent]
+    sampling: Sampling
+    video: Video
+    preset: str
+    presets: Mapping[str, Quirks]
+
+    @property
+    def quirks(self) -> Quirks:
+        """Those of the default preset."""
+        return self.presets[self.preset]
+
+    def component(self, name: str) -> BundleComponent:
+        """Raises BundleError if the bundle has none of this name."""
+        if name not in self.components:
+            raise BundleError(f"bundle {self.name} has no component {name} (it has {', '.join(self.components)})")
+        return self.components[name]
+
+
+def load_bundle(directory: Path, models: Path | None = None) -> Bundle:
+    """Reads `directory/bundle.toml`.
+
+    Args:
+        directory: of the bundle.
+        models: directory that file names are relative to; None: the bundle's own.
+
+    Raises:
+        BundleError: it is not there, is not TOML, lacks an entry or has an unknown one.
+    """
+    path = directory / "bundle.toml"
+    try:
+        content = path.read_bytes()
+        entries = tomllib.loads(content.decode())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BundleError(f"{path}: {error}") from error
+    root = models or directory
+    try:
+        return _bundle(entries, root, hashlib.sha256(content).hexdigest()[:12])
+    except (TypeError, KeyError, ValueError) as error:
+        raise BundleError(f"{path}: {_entry(error)}") from error
+
+
+def require_files(component: BundleComponent) -> None:
+    """Raises BundleError naming every file of a component that is not there."""
+    missing = [str(file) for file in component.files if not file.is_file()]
+    if component.tokenizer is not None and not component.tokenizer.is_dir():
+        missing.append(str(component.tokenizer))
+    if missing:
+        raise BundleError(f"{component.name}: not there: {', '.join(missing)}")
+
+
+def _bundle(entries: dict[str, Any], root: Path, revision: str) -> Bundle:
+    presets = {name: Quirks(**values) for name, values in entries.pop("presets").items()}
+    bundle = Bundle(
+        components=MappingProxyType({n: _component(n, e, root) for n, e in entries.pop("components").items()}),
+        sampling=Sampling(**entries.pop("sampling")),
+        video=Video(**entries.pop("video")),
+        presets=MappingProxyType(presets),
+        revision=revision,
+        **entries,
+    )
+    _check(bundle)
+    return bundle
+
+
+def _component(name: str, entry: dict[str, Any], root: Path) -> BundleComponent:
+    files = tuple(root / file for file in entry.pop("files"))
+    tokenizer = entry.pop("tokenizer", None)
+    return BundleComponent(
+        name,
+        files,
+        tokenizer=root / tokenizer if tokenizer else None,
+        sha256=tuple(entry.pop("sha256", ())),
+        config=MappingProxyType(entry.pop("config", {})),
+        **entry,
+    )
+
+
+def _check(bundle: Bundle) -> None:
+    video, sampling = bundle.video, bundle.sampling
+    checks = {
+        f"task must be one of {', '.join(TASKS)}": bundle.task in TASKS,
+        f"sampling.solver must be one of {', '.join(SOLVERS)}": sampling.solver in SOLVERS,
+        f"preset must be one of {', '.join(bundle.presets)}": bundle.preset in bundle.presets,
+        f"presets must be among {', '.join(PRESETS)}": set(bundle.presets) <= set(PRESETS),
+        "video.window_frames must be 4k + 1": video.window_frames % 4 == 1,
+        "video.window_overlap_frames must be 4k + 1 and less than a window": video.window_overlap_frames % 4 == 1
+        and video.window_overlap_frames < video.window_frames,
+        "video.height and video.width must be multiples of video.size_multiple": video.height % video.size_multiple
+        == video.width % video.size_multiple
+        == 0,
+        "video.max_pixels must be at least height times width": video.max_pixels >= video.height * video.width,
+    }
+    for text, holds in checks.items():
+        if not holds:
+            raise ValueError(text)
+
+
+def _entry(error: Exception) -> str:
+    return f"entry {error} is missing" if isinstance(error, KeyError) else str(error)

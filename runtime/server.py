@@ -1,0 +1,277 @@
+"""A stage's server from its start to its end: interceptor, health, reflection, message limits, draining.
+
+`run` serves from the first moment on (health says NOT_SERVING and every rpc says what is being loaded), loads the
+models on the device's thread, serves, and on SIGTERM finishes what it has and takes nothing new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+from opentelemetry.trace import SpanKind
+
+from bunraku.errors import BunrakuError, NotThereYet, StageBroken, to_status
+from bunraku.v1 import stage_pb2, stage_pb2_grpc
+from runtime import telemetry
+from runtime.stage import StageRuntime, StageServicer, State
+from runtime.tensors import deserializer, serialize
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+_log = logging.getLogger(__name__)
+_SERVING = health_pb2.HealthCheckResponse.ServingStatus.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.ServingStatus.NOT_SERVING
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
+
+# The client pings every 30 s (runtime.client); a server that allowed less would answer "too_many_pings"
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class Service(Protocol):
+    """A stage's own service: loads its models, then answers its rpcs."""
+
+    full_name: str
+
+    def load(self) -> None:
+        """Builds and fills the models; runs on the device's thread, before any rpc is let in."""
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the generated servicer."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How a stage serves.
+
+    Attributes:
+        address: `host:port` to listen on; port 0 takes a free one.
+        grace_s: seconds that work in flight has after SIGTERM.
+        otlp_endpoint: of an OpenTelemetry collector; empty: no traces.
+    """
+
+    address: str = "127.0.0.1:0"
+    grace_s: float = 30.0
+    otlp_endpoint: str = ""
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+    """Wraps every rpc, of all four kinds, in the same context managers, and gives tensor rpcs their fast framing."""
+
+    def __init__(self, *around: Around) -> None:
+        self._around = around
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        return self._wrapped(handler, method)
+
+    def _wrapped(self, handler: Any, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        wrapped = self._streaming(behaviour, method) if handler.response_streaming else self._unary(behaviour, method)
+        return make(
+            wrapped,
+            request_deserializer=fast_deserializer(handler.request_deserializer),
+            response_serializer=serialize,
+        )
+
+    def _unary(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Any, context: Context) -> Any:
+            async with AsyncExitStack() as stack:
+                for around in self._around:
+                    await stack.enter_async_context(around(method, context))
+                return await behaviour(request, context)
+
+        return call
+
+    def _streaming(self, behaviour: Any, method: str) -> Any:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            async with AsyncExitStack() as stack:
+                for around in self._around:
+                    await stack.enter_async_context(around(method, context))
+                responses = await stack.enter_async_context(aclosing(behaviour(request, context)))
+                async for response in responses:
+                    yield response
+
+        return call
+
+
+def fast_deserializer(generated: Any) -> Any:
+    """Framing read by hand for a message type that carries tensors, the generated function for any other."""
+    message_type: Any = getattr(generated, "__self__", None)
+    fields = getattr(getattr(message_type, "DESCRIPTOR", None), "fields_by_name", {})
+    return deserializer(message_type) if "tensor_data" in fields else generated
+
+
+@asynccontextmanager
+async def translated(method: str, context: Context) -> AsyncIterator[None]:
+    """Turns what an rpc raises into a status with details; the only place where that happens."""
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+        raise
+    except BaseException as error:
+        known = as_bunraku_error(error)
+        if isinstance(known, StageBroken):
+            _log.exception("%s failed", method)
+        status = rpc_status.to_status(to_status(known))
+        await context.abort_with_status(status)  # type: ignore[attr-defined]  # missing in its stubs
+
+
+def as_bunraku_error(error: BaseException) -> BunrakuError:
+    """The error itself, the first of a group, or StageBroken for a bug."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, BunrakuError):
+        return error
+    if isinstance(error, NotImplementedError):
+        # what grpc's generated servicer raises for a method that is not overridden
+        return NotThereYet("this method is in the contract but not in this version yet")
+    return StageBroken(f"{type(error).__name__}: {error}", reason="BUG")
+
+
+@asynccontextmanager
+async def traced(method: str, context: Context) -> AsyncIterator[None]:
+    """A span of the caller's trace around an rpc."""
+    parent = telemetry.incoming(context.invocation_metadata())
+    with telemetry.span(method.removeprefix("/"), kind=SpanKind.SERVER, parent=parent):
+        yield
+
+
+def build_server(*around: Around) -> grpc.aio.Server:
+    """A server whose rpcs run inside `around`, outermost first; errors are translated and calls are traced."""
+    return grpc.aio.server(interceptors=[CallInterceptor(translated, traced, *around)], options=SERVER_OPTIONS)
+
+
+class StageServer:
+    """A stage that listens; `start` before the models are loaded, `load`, then `drain`."""
+
+    def __init__(self, service: Service, runtime: StageRuntime) -> None:
+        self._service, self._runtime = service, runtime
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
+        self._server = build_server(self._admitted)
+        self._service.add_to(self._server)
+        stage_pb2_grpc.add_StageServiceServicer_to_server(StageServicer(runtime), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [service.full_name, stage_pb2.DESCRIPTOR.services_by_name["StageService"].full_name]
+        reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server)
+        self.port = 0
+
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Work is let in one by one; what asks for the state is always answered."""
+        if not method.startswith(f"/{self._service.full_name}/"):
+            yield
+            return
+        async with self._runtime.admitted(method.rpartition("/")[2], context), self._runtime.lending(context):
+            yield
+
+    async def start(self, address: str) -> None:
+        """Listens. Raises OSError when the address is taken."""
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        await self._health.set("", _SERVING)
+        await self._health.set(self._service.full_name, _NOT_SERVING)
+        await self._server.start()
+
+    async def load(self) -> None:
+        """Loads the models and lets work in."""
+        self._runtime.set_state(State.STAGE_STATE_LOADING, f"loading {self._runtime.bundle.name}")
+        begun = time.monotonic()
+        await self._runtime.gpu.run(self._service.load)
+        _log.info("%s: loaded in %.1f s", self._runtime.stage, time.monotonic() - begun)
+        self._runtime.set_state(State.STAGE_STATE_SERVING)
+        await self._health.set(self._service.full_name, _SERVING)
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes nothing new, waits for what is in work up to `grace_s`, then ends it."""
+        if self._runtime.state != State.STAGE_STATE_BROKEN:
+            self._runtime.set_state(State.STAGE_STATE_DRAINING)
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        self._runtime.gpu.shutdown()
+        if self._runtime.shared_memory is not None:
+            self._runtime.shared_memory.close()
+
+
+async def run(service: Service, runtime: StageRuntime, settings: ServerSettings) -> int:
+    """Serves until SIGTERM or SIGINT, or until the device breaks.
+
+    Returns:
+        The process's exit status: 0 after a signal, 1 when loading failed or the device broke, so that whoever
+        started it starts it again.
+    """
+    provider = telemetry.configure(runtime.stage, settings.otlp_endpoint)
+    stop = stop_signal()
+    server = StageServer(service, runtime)
+    await server.start(settings.address)
+    _log.info("%s: listening on port %d", runtime.stage, server.port)
+    loading = asyncio.create_task(server.load())
+    status = 0
+    try:
+        status = await _until_ended(loading, stop, runtime)
+    finally:
+        loading.cancel()
+        await server.drain(settings.grace_s if status == 0 else 1.0)
+        if provider is not None:
+            provider.shutdown()
+    return status
+
+
+async def _until_ended(loading: asyncio.Task[None], stop: asyncio.Event, runtime: StageRuntime) -> int:
+    stopped = asyncio.create_task(stop.wait())
+    broken = asyncio.create_task(runtime.broken.wait())
+    try:
+        await asyncio.wait({loading, stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done() and loading.exception() is not None:
+            _log.error("%s: %s", runtime.stage, loading.exception(), exc_info=loading.exception())
+            return 1
+        await asyncio.wait({stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
+        if broken.done():
+            _log.error("%s: %s", runtime.stage, runtime.state_detail)
+            return 1
+        return 0
+    finally:
+        stopped.cancel()
+        broken.cancel()
+
+
+def stop_signal() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_number, stop.set)
+    return stop
