@@ -1,0 +1,175 @@
+"""VaeService: frames in, latents out, and back; both as streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+import grpc
+import torch
+from torch import Tensor
+
+from bunraku.errors import InvalidRequest, NotThereYet
+from bunraku.v1 import vae_pb2 as pb
+from bunraku.v1 import vae_pb2_grpc
+from runtime.bundles import Bundle, configuration, require_files
+from runtime.checks import Checks
+from runtime.gpu import raise_if_cancelled
+from runtime.stage import StageRuntime
+from runtime.tensors import FLOAT16, FLOATS, UINT8, WireTensor, require
+from runtime.torch_stage import loaded_component
+from runtime.torch_tensors import from_torch, to_torch
+from services.vae.color import match_colors
+from services.vae.model import PRESETS, Past, Vae, VaeConfig, from_uint8, to_uint8
+from services.vae.weights import load_vae
+
+_MIN_SIDE, _MAX_SIDE, _MAX_FRAMES = 16, 4096, 10_000
+_ROUNDING: dict[int, Literal["round", "truncate"]] = {
+    pb.PixelRounding.PIXEL_ROUNDING_UNSPECIFIED: "round",
+    pb.PixelRounding.PIXEL_ROUNDING_NEAREST: "round",
+    pb.PixelRounding.PIXEL_ROUNDING_TRUNCATE: "truncate",
+}
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class VaeService(vae_pb2_grpc.VaeServiceServicer):
+    """The VAE of one bundle."""
+
+    full_name = pb.DESCRIPTOR.services_by_name["VaeService"].full_name
+
+    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+        self._runtime, self._bundle = runtime, bundle
+        self._vae: Vae
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        vae_pb2_grpc.add_VaeServiceServicer_to_server(self, server)
+
+    def load(self) -> None:
+        component = self._bundle.component("vae")
+        require_files(component)
+        config = configuration(component, PRESETS, VaeConfig)
+        # float32 as released: lower precision shows as flicker and shifted colours
+        self._vae = load_vae(component.files, config, device=torch.device(self._runtime.device), dtype=torch.float32)
+        self._runtime.components.append(loaded_component(component, self._vae))
+
+    async def Encode(self, requests: AsyncIterator[pb.EncodeRequest], context: Context) -> AsyncIterator[Any]:
+        incoming = self._runtime.receive(requests, context)
+        parameters = self._checked(await anext(incoming, None))
+        encoder = _ClipEncoder(self._vae, parameters, self._runtime.device)
+        latents: list[Tensor] = []
+        async for item in incoming:
+            frames = encoder.checked(item)
+            latents += await self._runtime.gpu.run(lambda frames=frames: encoder.add(frames))  # type: ignore[misc]
+            yield pb.EncodeResponse(
+                progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
+            )
+        encoder.finish()
+        tensor = from_torch("latents", torch.cat(latents, dim=2))
+        for message in self._runtime.send(pb.EncodeResponse, [tensor], context):
+            yield message
+
+    async def Decode(self, requests: AsyncIterator[pb.DecodeRequest], context: Context) -> AsyncIterator[Any]:
+        first, tensors = await self._runtime.receive_call(requests, context, ["latents", "color_reference"])
+        parameters = first.parameters
+        if parameters.format == pb.FrameFormat.FRAME_FORMAT_H264:
+            raise NotThereYet("format FRAME_FORMAT_H264 is not there yet: frames are given raw")
+        latents = require(tensors, "latents", (1, self._vae.config.z_dim, None, None, None), FLOATS)
+        color_reference = self._color_reference(parameters, latents, tensors)
+        _check_decode(parameters, latents)
+        frames = self._runtime.gpu.stream(lambda: self._decoded(parameters, latents, color_reference))
+        async for portion in frames:
+            for message in self._runtime.send(pb.DecodeResponse, [portion], context):
+                yield message
+
+    @torch.inference_mode()
+    def _decoded(
+        self, parameters: pb.DecodeParameters, latents: WireTensor, color_reference: Tensor | None
+    ) -> Iterator[WireTensor]:
+        """Frames of the latents, uint8 [n, H, W, 3], without those to be skipped."""
+        clip = to_torch(latents).to(self._runtime.device)
+        skip = parameters.skip_frames
+        for decoded in self._vae.decode_stream(clip.split(1, dim=2)):
+            raise_if_cancelled()
+            kept = decoded[:, :, min(skip, decoded.shape[2]) :]
+            skip -= decoded.shape[2] - kept.shape[2]
+            if kept.shape[2]:
+                frames = to_uint8(kept, _ROUNDING[parameters.rounding])
+                if color_reference is not None:
+                    frames = match_colors(frames, color_reference, parameters.color_correction_strength)
+                yield from_torch("frames", frames)
+
+    def _checked(self, item: Any) -> pb.EncodeParameters:
+        if not isinstance(item, pb.EncodeRequest):
+            raise InvalidRequest(("parameters", "must be the first message"))
+        parameters, checks = item.parameters, Checks()
+        side = self._vae.config.pixels_per_latent
+        for field in ("height", "width"):
+            value = getattr(parameters, field)
+            if checks.between(field, value, _MIN_SIDE, _MAX_SIDE):
+                checks.multiple(field, value, side)
+        checks.between("num_frames", parameters.num_frames, 1, _MAX_FRAMES)
+        checks.done()
+        return parameters
+
+    def _color_reference(
+        self, parameters: pb.DecodeParameters, latents: WireTensor, tensors: dict[str, WireTensor]
+    ) -> Tensor | None:
+        if parameters.color_correction_strength == 0:
+            return None
+        side = self._vae.config.pixels_per_latent
+        shape = (latents.shape[3] * side, latents.shape[4] * side, 3)
+        return to_torch(require(tensors, "color_reference", shape, (UINT8,))).to(self._runtime.device)
+
+
+class _ClipEncoder:
+    """Encodes the frames of one clip as they come, in groups of 1, 4, 4, ...; holds at most one group of frames."""
+
+    def __init__(self, vae: Vae, parameters: pb.EncodeParameters, device: str) -> None:
+        self._vae, self._parameters, self._device = vae, parameters, device
+        self._past = Past()
+        self._group: list[Tensor] = []
+        self.received = 0
+
+    def checked(self, item: Any) -> Tensor:
+        """The frames of an item of the request, uint8 or float16 levels [n, H, W, 3]."""
+        if not isinstance(item, WireTensor):
+            raise InvalidRequest(("parameters", "came twice"))
+        if item.name != "frames":
+            raise InvalidRequest((item.name, "is not a tensor of this rpc (it takes frames)"))
+        shape = (None, self._parameters.height, self._parameters.width, 3)
+        frames = require({"frames": item}, "frames", shape, (UINT8, FLOAT16))
+        self.received += frames.shape[0]
+        if self.received > self._parameters.num_frames:
+            raise InvalidRequest(("frames", f"must be {self._parameters.num_frames} in all, got more"))
+        return to_torch(frames)
+
+    def finish(self) -> None:
+        """Says that no frame will come; frames short of a group are dropped, as the released code does."""
+        if self.received != self._parameters.num_frames:
+            raise InvalidRequest(("frames", f"must be {self._parameters.num_frames} in all, got {self.received}"))
+
+    @torch.inference_mode()
+    def add(self, frames: Tensor) -> list[Tensor]:
+        """The latents [1, C, 1, h, w] on the CPU that these frames complete."""
+        latents = []
+        for frame in frames:
+            self._group.append(frame.clone())
+            if len(self._group) == (1 if self._past.at_start else self._vae.config.frames_per_latent):
+                raise_if_cancelled()
+                group = from_uint8(torch.stack(self._group).to(self._device))
+                latents.append(self._vae.encode_group(group, self._past).to("cpu"))
+                self._group.clear()
+        return latents
+
+
+def _check_decode(parameters: pb.DecodeParameters, latents: WireTensor) -> None:
+    checks = Checks()
+    checks.between("color_correction_strength", parameters.color_correction_strength, 0, 1)
+    frames = 4 * (latents.shape[2] - 1) + 1
+    checks.that(latents.size_bytes > 0, "latents", f"must not be empty, got {list(latents.shape)}")
+    checks.that(
+        parameters.skip_frames < frames,
+        "skip_frames",
+        f"must be less than the {frames} frames of the latents, got {parameters.skip_frames}",
+    )
+    checks.done()
