@@ -1,0 +1,386 @@
+"""DenoiserService: conditioning in; events of each step, previews, checkpoints and at last latents out."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+from torch import Tensor
+
+from bunraku.errors import InvalidRequest, NotReady, StageBroken, WrongState
+from bunraku.v1 import denoiser_pb2 as pb
+from bunraku.v1 import denoiser_pb2_grpc
+from runtime.bundles import Bundle, BundleError, configuration, require_files
+from runtime.checks import Checks
+from runtime.gpu import gate_blocks
+from runtime.stage import StageRuntime
+from runtime.tensors import FLOAT32, FLOATS, WireTensor, require
+from runtime.torch_stage import compute_dtype, loaded_component
+from runtime.torch_tensors import from_torch, to_torch
+from services.denoiser.attention import AUTO
+from services.denoiser.conditioning import Conditioning, animation, seeded_noise
+from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
+from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
+from services.denoiser.sampling import Solver, SolverState, make_solver
+from services.denoiser.weights import load_transformer
+
+CHECKPOINT_PREFIX = "checkpoint."
+_TENSORS = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "image_embeds",
+    "reference_latents",
+    "pose_latents",
+    "history_latents",
+    CHECKPOINT_PREFIX,
+)
+_LATENT_CHANNELS, _PIXELS_PER_LATENT = 16, 8
+_SIZE_MULTIPLE = 32  # of SCAIL: pose tokens stand for 32 x 32 pixels
+_MAX_SIDE, _MAX_FRAMES, _MAX_STEPS, _MAX_SEED = 4096, 257, 100, 2**63 - 1
+_SOLVER_NAMES = {
+    pb.Solver.SOLVER_UNIPC: "unipc",
+    pb.Solver.SOLVER_DPMPP: "dpm++",
+    pb.Solver.SOLVER_EULER: "euler",
+}
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
+    """The diffusion transformer of one bundle."""
+
+    full_name = pb.DESCRIPTOR.services_by_name["DenoiserService"].full_name
+
+    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+        if bundle.task != "animate":
+            raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
+        self._runtime, self._bundle = runtime, bundle
+        self._model: DiffusionTransformer
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
+
+    def load(self) -> None:
+        component = self._bundle.component("transformer")
+        require_files(component)
+        device = torch.device(self._runtime.device)
+        self._model = load_transformer(
+            component.files,
+            configuration(component, PRESETS, TransformerConfig),
+            device=device,
+            compute_dtype=compute_dtype(device),
+            attention=AUTO,
+        )
+        gate_blocks(self._model.blocks, device)
+        self._runtime.components.append(loaded_component(component, self._model))
+        self._runtime.attention_backend = AUTO.name
+
+    async def Denoise(self, requests: AsyncIterator[pb.DenoiseRequest], context: Context) -> AsyncIterator[Any]:
+        first, tensors = await self._runtime.receive_call(requests, context, _TENSORS)
+        plan = Plan.of(first.parameters, self._bundle)
+        run = await self._runtime.gpu.run(lambda: self._prepare(plan, tensors))
+        yield pb.DenoiseResponse(plan=plan.message(completed_steps=run.state.step))
+        steps = self._runtime.gpu.stream(lambda: run.steps(plan))
+        async for outcome in steps:
+            for message in self._outcome_messages(outcome, run.digest, context):
+                yield message
+            if self._runtime.draining and outcome.latents is None:
+                for message in await self._give_back(outcome, run.digest, context):
+                    yield message
+                raise NotReady("the denoiser stage is draining; go on from the checkpoint", reason="STAGE_DRAINING")
+
+    def _prepare(self, plan: Plan, tensors: Mapping[str, WireTensor]) -> Run:
+        """Everything on the device that a run needs."""
+        expects = Expectations(self._model.config, plan)
+        device = torch.device(self._runtime.device)
+        inputs = {name: tensor.to(device) for name, tensor in expects.inputs(tensors).items()}
+        digest = run_digest(plan, tensors, self._bundle.revision)
+        solver = _solver(plan)
+        conditioning = animation(
+            inputs["reference_latents"].float(),
+            inputs["pose_latents"].float(),
+            self._model.config.head_dim,
+            pose_time_origin=plan.pose_time_origin,
+            history_latents=inputs["history_latents"].float() if "history_latents" in inputs else None,
+            frames_given=plan.history_frames,
+        )
+        if plan.start_from is not None:
+            state = restored(plan.start_from, tensors, digest, solver, expects.state_shape, device)
+        else:
+            state = solver.start(seeded_noise(expects.state_shape, plan.seed).to(device))
+        prompt = Prompt(inputs["prompt_embeds"], inputs.get("negative_prompt_embeds"), inputs.get("image_embeds"))
+        return Run(self._model, solver, state, conditioning, prompt, digest)
+
+    def _outcome_messages(self, outcome: Outcome, digest: str, context: Context) -> Iterator[Any]:
+        yield pb.DenoiseResponse(
+            step=pb.DenoiseStep(completed_steps=outcome.state.step, sigma=outcome.sigma, seconds=outcome.seconds)
+        )
+        if outcome.preview is not None:
+            yield from self._runtime.send(pb.DenoiseResponse, [from_torch("preview", outcome.preview)], context)
+        if outcome.checkpoint is not None:
+            yield from self._checkpoint_messages(outcome.checkpoint, digest, context)
+        if outcome.latents is not None:
+            yield from self._runtime.send(pb.DenoiseResponse, [from_torch("latents", outcome.latents)], context)
+
+    def _checkpoint_messages(self, checkpoint: StoredState, digest: str, context: Context) -> Iterator[Any]:
+        yield pb.DenoiseResponse(
+            checkpoint=pb.Checkpoint(
+                completed_steps=checkpoint.counters["step"],
+                run_digest=digest,
+                state=checkpoint.counters,
+                tensors=sorted(checkpoint.tensors),
+            )
+        )
+        named = [from_torch(CHECKPOINT_PREFIX + name, tensor) for name, tensor in sorted(checkpoint.tensors.items())]
+        yield from self._runtime.send(pb.DenoiseResponse, named, context)
+
+    async def _give_back(self, outcome: Outcome, digest: str, context: Context) -> list[Any]:
+        """The checkpoint of a run that another replica will go on with; nothing if it was sent with the step."""
+        if outcome.checkpoint is not None:
+            return []
+        checkpoint = await self._runtime.gpu.run(lambda: StoredState.of(outcome.state))
+        return list(self._checkpoint_messages(checkpoint, digest, context))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Checked parameters, with the bundle's defaults filled in."""
+
+    height: int
+    width: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    shift: float
+    solver: str
+    seed: int
+    history_frames: int
+    pose_time_origin: int
+    preview_every_steps: int
+    checkpoint_every_steps: int
+    start_from: pb.Checkpoint | None
+
+    @classmethod
+    def of(cls, parameters: pb.DenoiseParameters, bundle: Bundle) -> Plan:
+        """Raises InvalidRequest naming every field that is wrong."""
+        p, sampling = parameters, bundle.sampling
+        plan = cls(
+            height=p.height,
+            width=p.width,
+            num_frames=p.num_frames,
+            num_inference_steps=_given(p, "num_inference_steps", sampling.num_inference_steps),
+            guidance_scale=_given(p, "guidance_scale", sampling.guidance_scale),
+            shift=_given(p, "shift", sampling.shift),
+            solver=_SOLVER_NAMES.get(p.solver, sampling.solver),
+            seed=p.seed,
+            history_frames=p.history_frames,
+            pose_time_origin=_given(p, "pose_time_origin", bundle.quirks.pose_time_origin),
+            preview_every_steps=p.preview_every_steps,
+            checkpoint_every_steps=p.checkpoint_every_steps,
+            start_from=p.start_from if p.HasField("start_from") else None,
+        )
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        checks = Checks()
+        for field in ("height", "width"):
+            value = getattr(self, field)
+            if checks.between(field, value, _SIZE_MULTIPLE, _MAX_SIDE):
+                checks.multiple(field, value, _SIZE_MULTIPLE)
+        if checks.between("num_frames", self.num_frames, 1, _MAX_FRAMES):
+            checks.that(self.num_frames % 4 == 1, "num_frames", f"must be 4k + 1, got {self.num_frames}")
+        given = self.history_frames
+        fits = given == 0 or (given % 4 == 1 and given < self.num_frames)
+        checks.that(fits, "history_frames", f"must be 0, or 4k + 1 and less than num_frames, got {given}")
+        checks.between("num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
+        checks.between("guidance_scale", self.guidance_scale, 0, 30)
+        checks.between("shift", self.shift, 0.1, 100)
+        checks.between("seed", self.seed, 0, _MAX_SEED)
+        checks.between("pose_time_origin", self.pose_time_origin, 0, 1)
+        checks.done()
+
+    def message(self, completed_steps: int) -> pb.DenoisePlan:
+        solver = next(number for number, name in _SOLVER_NAMES.items() if name == self.solver)
+        return pb.DenoisePlan(
+            num_inference_steps=self.num_inference_steps,
+            completed_steps=completed_steps,
+            guidance_scale=self.guidance_scale,
+            shift=self.shift,
+            solver=solver,
+        )
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """Shapes of the tensors of one run."""
+
+    config: TransformerConfig
+    plan: Plan
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the latents while they are denoised: the reference's frame, then the video's."""
+        return (1, _LATENT_CHANNELS, 1 + _latent_frames(self.plan.num_frames), *self._size)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.plan.height // _PIXELS_PER_LATENT, self.plan.width // _PIXELS_PER_LATENT
+
+    def inputs(self, tensors: Mapping[str, WireTensor]) -> dict[str, Tensor]:
+        """The conditioning, checked. Raises InvalidRequest naming the tensor that is missing or does not fit."""
+        config, plan, (height, width) = self.config, self.plan, self._size
+        text = (1, None, config.text_dim)
+        shapes: dict[str, tuple[int | None, ...]] = {
+            "prompt_embeds": text,
+            "reference_latents": (1, _LATENT_CHANNELS, 1, height, width),
+            "pose_latents": (1, _LATENT_CHANNELS, _latent_frames(plan.num_frames), height // 2, width // 2),
+        }
+        if plan.guidance_scale != 1:
+            shapes["negative_prompt_embeds"] = text
+        if config.image_dim is not None:
+            shapes["image_embeds"] = (1, None, config.image_dim)
+        if plan.history_frames:
+            known = _latent_frames(plan.history_frames)
+            shapes["history_latents"] = (1, _LATENT_CHANNELS, known, height, width)
+        elif "history_latents" in tensors:
+            raise InvalidRequest(("history_latents", "came although history_frames is 0"))
+        checked = {name: require(tensors, name, shape, FLOATS) for name, shape in shapes.items()}
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            rows = checked[name].shape[1] if name in checked else 1
+            if not 1 <= rows <= config.text_len:
+                raise InvalidRequest((name, f"must have 1 to {config.text_len} rows, got {rows}"))
+        return {name: to_torch(tensor) for name, tensor in checked.items()}
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """A solver's state on the CPU."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, int]
+
+    @classmethod
+    def of(cls, state: SolverState) -> StoredState:
+        tensors, counters = state.to_tensors()
+        return cls({name: tensor.to("cpu") for name, tensor in tensors.items()}, dict(counters))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves; `latents` only after the last."""
+
+    state: SolverState
+    sigma: float
+    seconds: float
+    preview: Tensor | None
+    checkpoint: StoredState | None
+    latents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A denoise that is ready to begin, or to go on."""
+
+    model: DiffusionTransformer
+    solver: Solver
+    state: SolverState
+    conditioning: Conditioning
+    prompt: Prompt
+    digest: str
+
+    @torch.inference_mode()
+    def steps(self, plan: Plan) -> Iterator[Outcome]:
+        """Takes the steps that are left. Raises StageBroken when latents are no longer finite."""
+        experts = [Expert(self.model, plan.guidance_scale)]
+        begun = time.perf_counter()
+        if self.state.step == plan.num_inference_steps:
+            yield self._outcome(self.state, plan, begun)
+        for state in denoise(experts, self.solver, self.state, self.conditioning, self.prompt):
+            outcome = self._outcome(state, plan, begun)
+            begun = time.perf_counter()
+            yield outcome
+
+    def _outcome(self, state: SolverState, plan: Plan, begun: float) -> Outcome:
+        last = state.step == plan.num_inference_steps
+        # reading one value waits for the device, so the time is that of the step
+        if not bool(torch.isfinite(state.latents).all()):
+            raise StageBroken(f"latents are not finite after step {state.step}", reason="LATENTS_NOT_FINITE")
+        return Outcome(
+            state,
+            sigma=float(self.solver.sigmas[state.step]),
+            seconds=time.perf_counter() - begun,
+            preview=preview_rgb(self.conditioning.result(state.latents)).to("cpu")
+            if _is_due(state.step, plan.preview_every_steps)
+            else None,
+            checkpoint=StoredState.of(state) if _is_due(state.step, plan.checkpoint_every_steps) and not last else None,
+            latents=self.conditioning.result(state.latents).to("cpu") if last else None,
+        )
+
+
+def restored(
+    checkpoint: pb.Checkpoint,
+    tensors: Mapping[str, WireTensor],
+    digest: str,
+    solver: Solver,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> SolverState:
+    """The solver's state of a checkpoint.
+
+    Raises:
+        WrongState: the checkpoint is of another run.
+        InvalidRequest: its tensors are not those that it lists.
+    """
+    if checkpoint.run_digest != digest:
+        text = "start_from is the checkpoint of another run: its parameters, inputs or weights differ"
+        raise WrongState(text, reason="CHECKPOINT_OF_ANOTHER_RUN")
+    stored = {
+        name: to_torch(require(tensors, CHECKPOINT_PREFIX + name, shape, (FLOAT32,))).to(device)
+        for name in checkpoint.tensors
+    }
+    try:
+        state = SolverState.from_tensors(stored, dict(checkpoint.state))
+        solver.check(state)
+        return state
+    except ValueError as error:
+        raise InvalidRequest(("start_from", str(error))) from error
+
+
+def run_digest(plan: Plan, tensors: Mapping[str, WireTensor], revision: str) -> str:
+    """Of everything that decides a run's result: parameters, conditioning, weights."""
+    decisive = {
+        name: value
+        for name, value in vars(plan).items()
+        if name not in ("preview_every_steps", "checkpoint_every_steps", "start_from")
+    }
+    digest = hashlib.sha256(repr((revision, sorted(decisive.items()))).encode())
+    for name in sorted(tensors):
+        if not name.startswith(CHECKPOINT_PREFIX):
+            tensor = tensors[name]
+            digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+            digest.update(tensor.data.data)
+    return digest.hexdigest()
+
+
+def _solver(plan: Plan) -> Solver:
+    try:
+        return make_solver(plan.solver, plan.num_inference_steps, plan.shift)
+    except ValueError as error:
+        raise InvalidRequest(("shift", str(error))) from error
+
+
+def _given(parameters: pb.DenoiseParameters, field: str, default: Any) -> Any:
+    return getattr(parameters, field) if parameters.HasField(field) else default  # type: ignore[arg-type]
+
+
+def _latent_frames(num_frames: int) -> int:
+    return (num_frames - 1) // 4 + 1
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
