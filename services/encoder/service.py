@@ -1,0 +1,113 @@
+"""EncoderService: prompts and pictures in, embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import torch
+
+from bunraku.errors import NotThereYet
+from bunraku.v1 import encoder_pb2 as pb
+from bunraku.v1 import encoder_pb2_grpc
+from runtime.bundles import Bundle, configuration, require_files
+from runtime.checks import Checks
+from runtime.stage import StageRuntime
+from runtime.tensors import UINT8, require
+from runtime.torch_stage import compute_dtype, loaded_component
+from runtime.torch_tensors import from_torch, to_torch
+from services.encoder import image, text
+from services.encoder.image import ImageEncoder, Preprocessing
+from services.encoder.text import EncodedPrompts, TextEncoder
+from services.encoder.weights import load_image_encoder, load_text_encoder
+
+MAX_PROMPT_CHARACTERS = 10_000
+_MAX_SIDE = 4096
+_RESIZE: dict[int, Preprocessing] = {
+    pb.ImageResize.IMAGE_RESIZE_LANCZOS: "wan2gp",
+    pb.ImageResize.IMAGE_RESIZE_BICUBIC: "official",
+}
+_RESIZE_OF_BUNDLE: dict[str, Preprocessing] = {"lanczos": "wan2gp", "bicubic": "official"}
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
+    """The encoders of one bundle."""
+
+    full_name = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
+
+    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+        self._runtime, self._bundle = runtime, bundle
+        self._text: TextEncoder
+        self._image: dict[Preprocessing, ImageEncoder] = {}
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        encoder_pb2_grpc.add_EncoderServiceServicer_to_server(self, server)
+
+    def load(self) -> None:
+        device = torch.device(self._runtime.device)
+        dtype = compute_dtype(device)
+        self._load_text(device, dtype)
+        if "image_encoder" in self._bundle.components:
+            self._load_image(device, dtype)
+
+    def _load_text(self, device: torch.device, dtype: torch.dtype) -> None:
+        component = self._bundle.component("text_encoder")
+        require_files(component)
+        config = configuration(component, text.PRESETS, text.TextEncoderConfig)
+        assert component.tokenizer is not None
+        self._text = load_text_encoder(component.files, config, component.tokenizer, device=device, dtype=dtype)
+        self._runtime.components.append(loaded_component(component, self._text.model))
+
+    def _load_image(self, device: torch.device, dtype: torch.dtype) -> None:
+        component = self._bundle.component("image_encoder")
+        require_files(component)
+        config = configuration(component, image.PRESETS, image.ImageEncoderConfig)
+        encoder = load_image_encoder(component.files, config, device=device, dtype=dtype)
+        for preprocessing in _RESIZE.values():
+            self._image[preprocessing] = ImageEncoder(replace(config, preprocessing=preprocessing), encoder.model)
+        self._runtime.components.append(loaded_component(component, encoder.model))
+
+    async def EncodeText(self, request: pb.EncodeTextRequest, context: Context) -> AsyncIterator[Any]:
+        checks = Checks()
+        for field in ("prompt", "negative_prompt"):
+            length = len(getattr(request, field))
+            text = f"must have at most {MAX_PROMPT_CHARACTERS} characters, got {length}"
+            checks.that(length <= MAX_PROMPT_CHARACTERS, field, text)
+        checks.done()
+        prompts = [request.prompt]
+        if request.HasField("negative_prompt"):
+            prompts.append(request.negative_prompt)
+        encoded = await self._runtime.gpu.run(lambda: self._text.encode(prompts))
+        yield pb.EncodeTextResponse(info=_text_info(encoded))
+        names = ("prompt_embeds", "negative_prompt_embeds")[: len(prompts)]
+        tensors = [from_torch(name, encoded.prompt_embeds[row : row + 1]) for row, name in enumerate(names)]
+        for message in self._runtime.send(pb.EncodeTextResponse, tensors, context):
+            yield message
+
+    async def EncodeImage(self, requests: AsyncIterator[pb.EncodeImageRequest], context: Context) -> AsyncIterator[Any]:
+        first, tensors = await self._runtime.receive_call(requests, context, ["image"])
+        if not self._image:
+            raise NotThereYet(f"bundle {self._bundle.name} has no image encoder", reason="NO_IMAGE_ENCODER")
+        picture = require(tensors, "image", (None, None, 3), (UINT8,))
+        checks = Checks()
+        for side in picture.shape[:2]:
+            checks.between("image", side, 1, _MAX_SIDE)
+        checks.done()
+        resize = _RESIZE.get(first.parameters.resize, _RESIZE_OF_BUNDLE[self._bundle.quirks.image_resize])
+        encoder = self._image[resize]
+        embeds = await self._runtime.gpu.run(
+            lambda: encoder.encode([to_torch(picture).to(self._runtime.device)]).to("cpu")
+        )
+        for message in self._runtime.send(pb.EncodeImageResponse, [from_torch("image_embeds", embeds)], context):
+            yield message
+
+
+def _text_info(encoded: EncodedPrompts) -> pb.TextInfo:
+    info = pb.TextInfo(prompt_tokens=encoded.num_tokens[0], prompt_truncated=encoded.truncated[0])
+    if len(encoded.num_tokens) > 1:
+        info.negative_prompt_tokens = encoded.num_tokens[1]
+        info.negative_prompt_truncated = encoded.truncated[1]
+    return info
