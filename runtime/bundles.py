@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 TASKS = ("animate", "text_to_video", "image_to_video", "speech_to_video")
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -159,6 +162,34 @@ def require_files(component: BundleComponent) -> None:
         missing.append(str(component.tokenizer))
     if missing:
         raise BundleError(f"{component.name}: not there: {', '.join(missing)}")
+
+
+Configuration = TypeVar("Configuration", bound="DataclassInstance")
+
+
+def configuration(
+    component: BundleComponent, presets: Mapping[str, Configuration], make: type[Configuration]
+) -> Configuration:
+    """The configuration of a component's model: its named architecture, changed by what its `config` states.
+
+    Args:
+        component: of a bundle.
+        presets: the architectures that the service knows.
+        make: the configuration class, which takes the entries of `config` where no architecture is named.
+
+    Raises:
+        BundleError: the architecture is unknown, or an entry is.
+    """
+    entries = {name: tuple(v) if isinstance(v, list) else v for name, v in component.config.items()}
+    try:
+        if not component.architecture:
+            return make(**entries)
+        return replace(presets[component.architecture], **entries)
+    except KeyError as error:
+        known = ", ".join(presets)
+        raise BundleError(f"{component.name}: architecture {error} is unknown (known: {known})") from error
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{component.name}: {error}") from error
 
 
 def _bundle(entries: dict[str, Any], root: Path, revision: str) -> Bundle:

@@ -11,8 +11,17 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -25,7 +34,7 @@ from bunraku.errors import DeadlineExceeded, InvalidRequest, NotReady, StageBrok
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime import telemetry
 from runtime.server import MAX_MESSAGE_BYTES, fast_deserializer
-from runtime.shared_memory import SharedMemory, Sharing, boot_id
+from runtime.shared_memory import LOST, SharedMemory, Sharing, boot_id
 from runtime.tensors import CHUNK_BYTES, MAX_CALL_BYTES, WireTensor, receive, send_tensors, serialize
 
 T = TypeVar("T")
@@ -41,6 +50,8 @@ CHANNEL_OPTIONS = (
     # the StageClient retries, on another address; retries of the library would multiply with those
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
+    # despite its name, how long an attempt to connect may take: a host that is gone does not answer at all
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # two channels to one address must not share a connection that has failed
     ("grpc.use_local_subchannel_pool", 1),
@@ -48,6 +59,10 @@ CHANNEL_OPTIONS = (
 _AGREEMENT_TIMEOUT_S = 2.0
 _RESOLVE_INTERVAL_S = 5.0
 _REST_AFTER_FAILURE_S = 1.0
+# What grpc.aio says of a call whose request could not be written on, whatever the reason
+_WRITE_FAILED = "Internal error from Core"
+_STATUS_ARRIVES_S = 1.0
+_ENDED = "STAGE_ENDED_CALL"
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,57 @@ class Retry:
     attempts: int = 8
     first_wait_s: float = 0.25
     longest_wait_s: float = 8.0
+
+    def wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Seconds before the next attempt."""
+        backoff = tenacity.wait_random_exponential(self.first_wait_s, self.longest_wait_s)
+        error = state.outcome.exception() if state.outcome else None
+        asked = (error.retry_after_s or 0.0) if isinstance(error, NotReady) else 0.0
+        return min(self.longest_wait_s, max(asked, backoff(state)))
+
+
+async def retrying(
+    attempt: Callable[[int], Awaitable[T]],
+    budget: Budget,
+    retry: Retry = Retry(),
+    before_wait: Callable[[NotReady], None] | None = None,
+) -> T:
+    """Runs `attempt(number)` until it succeeds, while a stage is not ready and there is time.
+
+    Args:
+        attempt: must be safe to repeat; everything a stage computes is.
+        budget: the time that there is.
+        retry: how often and how soon.
+        before_wait: told why it must wait.
+
+    Raises:
+        NotReady: it never succeeded; the message names the stage.
+        DeadlineExceeded: the budget is spent.
+    """
+
+    def waiting(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if before_wait is not None and isinstance(error, NotReady):
+            before_wait(error)
+
+    policy = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(NotReady),
+        stop=tenacity.stop_after_attempt(retry.attempts),
+        wait=retry.wait_s,
+        before_sleep=waiting,
+        reraise=True,
+    )
+    try:
+        async with asyncio.timeout(budget.remaining_s):
+            async for trial in policy:
+                with trial:
+                    return await attempt(trial.retry_state.attempt_number)
+    except NotReady as error:
+        text = f"the {error.stage} stage is not available: {error.message}"
+        raise NotReady(text, reason="STAGE_UNAVAILABLE", stage=error.stage, retry_after_s=5.0) from error
+    except TimeoutError:
+        raise DeadlineExceeded("the time for this request is over") from None
+    raise AssertionError("tenacity ends with a result or an error")
 
 
 @dataclass
@@ -140,7 +206,6 @@ class StageClient(Generic[Stub]):
         stub: the generated stub class.
         addresses: `host:port`, one or several; a host name that resolves to several addresses stands for all of them.
         shared_memory: of this process; None: tensors go as bytes.
-        retry: when a stage is not ready.
     """
 
     def __init__(
@@ -150,17 +215,17 @@ class StageClient(Generic[Stub]):
         addresses: Sequence[str],
         *,
         shared_memory: SharedMemory | None = None,
-        retry: Retry = Retry(),
         chunk_bytes: int = CHUNK_BYTES,
         max_call_bytes: int = MAX_CALL_BYTES,
     ) -> None:
         if not addresses:
             raise ValueError(f"stage {stage} has no address")
         self.stage, self._stub, self._addresses = stage, stub, tuple(addresses)
-        self._shared_memory, self._retry = shared_memory, retry
+        self._shared_memory = shared_memory
         self._chunk_bytes, self._max_call_bytes = chunk_bytes, max_call_bytes
         self._endpoints: dict[str, Endpoint] = {}
         self._resolved_at = -_RESOLVE_INTERVAL_S
+        self._resolving = asyncio.Lock()
         self._next = 0
 
     async def close(self) -> None:
@@ -170,48 +235,11 @@ class StageClient(Generic[Stub]):
 
     async def endpoints(self) -> list[Endpoint]:
         """Every address of the stage at present."""
-        now = time.monotonic()
-        if now - self._resolved_at >= _RESOLVE_INTERVAL_S:
-            self._resolved_at = now
-            await self._resolve()
+        async with self._resolving:
+            if time.monotonic() - self._resolved_at >= _RESOLVE_INTERVAL_S:
+                await self._resolve()
+                self._resolved_at = time.monotonic()
         return list(self._endpoints.values())
-
-    async def retrying(self, attempt: Callable[[int], Awaitable[T]], budget: Budget) -> T:
-        """Runs `attempt(number)` until it succeeds, while the stage is not ready and there is time.
-
-        `attempt` must be safe to repeat: everything a stage computes is.
-
-        Raises:
-            NotReady: it never was; the message names the stage.
-            DeadlineExceeded: the budget is spent.
-        """
-        policy = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(NotReady),
-            stop=tenacity.stop_after_attempt(self._retry.attempts),
-            wait=self._wait,
-            sleep=asyncio.sleep,
-            reraise=True,
-        )
-        async with asyncio.timeout(budget.remaining_s) as timeout:
-            try:
-                async for trial in policy:
-                    with trial:
-                        return await attempt(trial.retry_state.attempt_number)
-            except NotReady as error:
-                text = f"the {self.stage} stage is not available: {error.message}"
-                raise NotReady(text, reason="STAGE_UNAVAILABLE", stage=self.stage, retry_after_s=5.0) from error
-            except asyncio.CancelledError:
-                if timeout.expired():
-                    text = f"the time for this request ended in the {self.stage} stage"
-                    raise DeadlineExceeded(text, stage=self.stage) from None
-                raise
-        raise AssertionError("tenacity ends with a result or an error")
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        backoff = tenacity.wait_random_exponential(self._retry.first_wait_s, self._retry.longest_wait_s)
-        error = state.outcome.exception() if state.outcome else None
-        asked = (error.retry_after_s or 0.0) if isinstance(error, NotReady) else 0.0
-        return min(self._retry.longest_wait_s, max(asked, backoff(state)))
 
     @asynccontextmanager
     async def call(self, budget: Budget, *, generation: str = "", attempt: int = 1) -> AsyncIterator[StageCall[Stub]]:
@@ -220,34 +248,52 @@ class StageClient(Generic[Stub]):
         Raises what the stage raised; an address that does not answer is NotReady.
         """
         endpoint = self._choose(await self.endpoints())
-        sharing = await self._agree(endpoint)
-        attributes = {
-            telemetry.ATTRIBUTE_STAGE: self.stage,
-            telemetry.ATTRIBUTE_ADDRESS: endpoint.address,
-            telemetry.ATTRIBUTE_ATTEMPT: attempt,
-            telemetry.ATTRIBUTE_GENERATION: generation,
-        }
+        # counted from here on, so that the calls that come while this one agrees choose another address
         endpoint.calls += 1
-        ended_well = False
+        sharing: Sharing | None = None
         try:
-            with telemetry.span(telemetry.SPAN_STAGE_PREFIX + self.stage, attributes, kind=SpanKind.CLIENT):
-                metadata = [*telemetry.outgoing(), (telemetry.METADATA_GENERATION, generation)]
-                if sharing is not None:
-                    metadata.append((telemetry.METADATA_SHARED_MEMORY, endpoint.session))
-                stub = self._stub(TensorChannel(endpoint.channel))
-                yield StageCall(
-                    self.stage, stub, metadata, budget.remaining_s, sharing, self._chunk_bytes, self._max_call_bytes
-                )
-                ended_well = True
+            sharing = await self._agree(endpoint, budget)
+            with telemetry.span(
+                telemetry.SPAN_STAGE_PREFIX + self.stage,
+                {
+                    telemetry.ATTRIBUTE_STAGE: self.stage,
+                    telemetry.ATTRIBUTE_ADDRESS: endpoint.address,
+                    telemetry.ATTRIBUTE_ATTEMPT: attempt,
+                    telemetry.ATTRIBUTE_GENERATION: generation,
+                },
+                kind=SpanKind.CLIENT,
+            ):
+                async with self._stage_call(endpoint, sharing, budget, generation) as call:
+                    yield call
         except grpc.aio.AioRpcError as error:
             known = from_rpc_error(error, stage=self.stage)
             if isinstance(known, NotReady):
                 endpoint.failed()
             raise known from error
+        except NotReady as error:
+            if error.reason in (LOST, _ENDED):
+                endpoint.failed()
+            raise
         finally:
             endpoint.calls -= 1
-            if sharing is not None and not ended_well:
-                sharing.failed()
+            if sharing is not None:
+                sharing.ended()
+
+    @asynccontextmanager
+    async def _stage_call(
+        self, endpoint: Endpoint, sharing: Sharing | None, budget: Budget, generation: str
+    ) -> AsyncIterator[StageCall[Stub]]:
+        metadata = [*telemetry.outgoing(), (telemetry.METADATA_GENERATION, generation)]
+        if sharing is not None:
+            metadata.append((telemetry.METADATA_SHARED_MEMORY, endpoint.session))
+        stub = self._stub(TensorChannel(endpoint.channel))
+        call = StageCall(
+            self.stage, stub, metadata, budget.remaining_s, sharing, self._chunk_bytes, self._max_call_bytes
+        )
+        try:
+            yield call
+        finally:
+            call.cancel()
 
     def _choose(self, endpoints: list[Endpoint]) -> Endpoint:
         """The least busy that has not just failed; in turn among equals."""
@@ -276,25 +322,28 @@ class StageClient(Generic[Stub]):
             if self._endpoints[address].calls == 0:
                 await self._endpoints.pop(address).channel.close(None)
 
-    async def _agree(self, endpoint: Endpoint) -> Sharing | None:
+    async def _agree(self, endpoint: Endpoint, budget: Budget) -> Sharing | None:
         """Shared memory with the process at an address; None where there is none to share."""
         if self._shared_memory is None:
             return None
         async with endpoint.lock:
             if endpoint.agreed is None:
-                endpoint.agreed = await self._open_shared_memory(endpoint, self._shared_memory)
+                endpoint.agreed = await self._open_shared_memory(endpoint, self._shared_memory, budget.remaining_s)
         return Sharing(self._shared_memory, endpoint.peer) if endpoint.agreed else None
 
-    async def _open_shared_memory(self, endpoint: Endpoint, memory: SharedMemory) -> bool:
+    async def _open_shared_memory(self, endpoint: Endpoint, memory: SharedMemory, remaining_s: float) -> bool | None:
+        """Whether it was agreed on; None: the stage could not be asked, so another call may."""
         nonce = os.urandom(16)
         segment = ""
         try:
             segment = memory.nonce_segment(nonce)
             request = stage_pb2.OpenSharedMemoryRequest(segment=segment, nonce=nonce, boot_id=boot_id())
             stub: Any = stage_pb2_grpc.StageServiceStub(endpoint.channel)
-            answer = await stub.OpenSharedMemory(request, timeout=_AGREEMENT_TIMEOUT_S)
-        except (OSError, grpc.aio.AioRpcError):
+            answer = await stub.OpenSharedMemory(request, timeout=min(_AGREEMENT_TIMEOUT_S, remaining_s))
+        except OSError:
             return False
+        except grpc.aio.AioRpcError as error:
+            return False if error.code() is grpc.StatusCode.UNIMPLEMENTED else None
         finally:
             if segment:
                 memory.remove_nonce(segment)
@@ -316,6 +365,7 @@ class StageCall(Generic[Stub]):
     sharing: Sharing | None
     chunk_bytes: int
     max_call_bytes: int
+    _calls: list[Any] = field(default_factory=list)
 
     async def stream(
         self, rpc: Any, parameters: M, tensors: Iterable[WireTensor] | AsyncIterable[WireTensor] = ()
@@ -325,35 +375,131 @@ class StageCall(Generic[Stub]):
         Args:
             rpc: method of the stub.
             parameters: first message of the request.
-            tensors: the tensors after it, at hand or as they come.
+            tensors: the tensors after it, at hand or as they come; what they raise ends the call and is raised here.
         """
-        messages = self._messages(type(parameters), parameters, tensors)
-        call = rpc(messages, timeout=self.timeout_s, metadata=self.metadata)
-        async for item in self.answers(call):
-            yield item
+        call = rpc(timeout=self.timeout_s, metadata=self.metadata)
+        failures: list[Exception] = []
+        writing = asyncio.create_task(self._write(call, parameters, tensors, failures))
+        try:
+            async for item in self.answers(call, failures):
+                yield item
+        finally:
+            writing.cancel()
+            await asyncio.wait([writing])
 
     async def unary(self, rpc: Any, request: Message) -> AsyncIterator[Message | WireTensor]:
         """Calls a rpc that takes one message; gives its answers as they come."""
         async for item in self.answers(rpc(request, timeout=self.timeout_s, metadata=self.metadata)):
             yield item
 
-    async def answers(self, call: Any) -> AsyncIterator[Message | WireTensor]:
+    async def answers(self, call: Any, failures: Sequence[Exception] = ()) -> AsyncIterator[Message | WireTensor]:
+        """The answers of a call that was begun; `failures` is why its request could not be made, if so."""
+        self._calls.append(call)
+        ending = _Ending(call)
         try:
             async for item in receive(call, max_bytes=self.max_call_bytes, shared=self.sharing):
                 yield item
         except InvalidRequest as error:
             # what a stage sends is not the caller's doing
             raise StageBroken(f"the {self.stage} stage answered badly: {error.message}", stage=self.stage) from error
+        except grpc.aio.AioRpcError as error:
+            actual = await ending.actual(error)
+            if actual.code() is not grpc.StatusCode.OK:
+                raise actual from None
+        except asyncio.CancelledError:
+            # grpc.aio raises this as well when it is the stage, or `_write`, that took the call back
+            if _is_cancelled():
+                raise
+            if failures:
+                raise failures[0] from None
+            text = f"the {self.stage} stage ended the call"
+            raise NotReady(text, reason=_ENDED, stage=self.stage) from None
         finally:
             call.cancel()
 
+    def cancel(self) -> None:
+        """Takes back what is still under way."""
+        for call in self._calls:
+            call.cancel()
+
+    async def _write(
+        self,
+        call: Any,
+        parameters: Message,
+        tensors: Iterable[WireTensor] | AsyncIterable[WireTensor],
+        failures: list[Exception],
+    ) -> None:
+        try:
+            async with aclosing(self._messages(parameters, tensors)) as messages:
+                async for message in messages:
+                    if not await _written(call.write(message)):
+                        return
+            await _written(call.done_writing())
+        except Exception as error:
+            failures.append(error)
+            call.cancel()
+
     async def _messages(
-        self, message_type: type[M], parameters: M, tensors: Iterable[WireTensor] | AsyncIterable[WireTensor]
-    ) -> AsyncIterator[Any]:
+        self, parameters: Message, tensors: Iterable[WireTensor] | AsyncIterable[WireTensor]
+    ) -> AsyncGenerator[Any, None]:
         yield parameters
         async for tensor in _as_they_come(tensors):
-            for message in send_tensors(message_type, [tensor], chunk_bytes=self.chunk_bytes, shared=self.sharing):
+            for message in send_tensors(type(parameters), [tensor], chunk_bytes=self.chunk_bytes, shared=self.sharing):
                 yield message
+
+
+async def _written(writing: Awaitable[None]) -> bool:
+    """Whether the stage still listens; if not, whoever reads its answers is told why."""
+    try:
+        await writing
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        return False
+    return True
+
+
+class _Ending:
+    """How a stage ended a call.
+
+    When a stage ends a call whose request is still being written, grpc.aio puts a status of its own in place of the
+    stage's, before or after that one arrives. This hears of both, as a done callback.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._actual: grpc.aio.AioRpcError | None = None
+        self._arrived = asyncio.Event()
+        call.add_done_callback(self._heard)
+
+    async def actual(self, error: grpc.aio.AioRpcError) -> grpc.aio.AioRpcError:
+        """The error with the status that the stage gave, which may be OK."""
+        if error.code() is not grpc.StatusCode.INTERNAL or error.details() != _WRITE_FAILED:
+            return error
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STATUS_ARRIVES_S):
+                await self._arrived.wait()
+        return self._actual or error
+
+    def _heard(self, call: Any) -> None:
+        details = _at_once(call.details())
+        if details != _WRITE_FAILED and self._actual is None:
+            code, trailing = _at_once(call.code()), _at_once(call.trailing_metadata())
+            self._actual = grpc.aio.AioRpcError(
+                code, grpc.aio.Metadata(), trailing or grpc.aio.Metadata(), details, None
+            )
+            self._arrived.set()
+
+
+def _at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that does not wait, such as those that tell the status of a call that is done."""
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return ended.value
+    raise AssertionError("the call is not done")
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _as_they_come(tensors: Iterable[WireTensor] | AsyncIterable[WireTensor]) -> AsyncIterator[WireTensor]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -28,6 +29,10 @@ from runtime.stage import StageRuntime, StageServicer, State
 from runtime.tensors import deserializer, serialize
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+# Message and details travel in the trailer, of which gRPC takes 8 KiB; the details are in it in base64 and once more
+# as the plain message, percent-encoded
+MAX_STATUS_BYTES = 2048
+_END_OF_WORK_S = 5.0
 _log = logging.getLogger(__name__)
 _SERVING = health_pb2.HealthCheckResponse.ServingStatus.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.ServingStatus.NOT_SERVING
@@ -73,7 +78,7 @@ class ServerSettings:
     otlp_endpoint: str = ""
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
     """Wraps every rpc, of all four kinds, in the same context managers, and gives tensor rpcs their fast framing."""
 
     def __init__(self, *around: Around) -> None:
@@ -115,13 +120,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
         return call
 
     def _streaming(self, behaviour: Any, method: str) -> Any:
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+        # not an async generator: grpc would leave a cancelled one to the garbage collector, with all that it holds
+        async def call(request: Any, context: Context) -> None:
             async with AsyncExitStack() as stack:
                 for around in self._around:
                     await stack.enter_async_context(around(method, context))
                 responses = await stack.enter_async_context(aclosing(behaviour(request, context)))
                 async for response in responses:
-                    yield response
+                    await context.write(response)
 
         return call
 
@@ -138,17 +144,27 @@ async def translated(method: str, context: Context) -> AsyncIterator[None]:
     """Turns what an rpc raises into a status with details; the only place where that happens."""
     try:
         yield
-    except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
+    except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit, grpc.aio.BaseError):
+        # of grpc.aio itself: the caller is gone or the server has stopped, so nobody can be told anything
         raise
     except BaseException as error:
         known = as_bunraku_error(error)
         if isinstance(known, StageBroken):
             _log.exception("%s failed", method)
-        status = rpc_status.to_status(to_status(known))
-        await context.abort_with_status(status)  # type: ignore[attr-defined]  # missing in its stubs
+        status = to_status(known)
+        if status.ByteSize() > MAX_STATUS_BYTES:
+            status = _shortened(status)
+        await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]  # missing in its stubs
 
 
-def as_bunraku_error(error: BaseException) -> BunrakuError:
+def _shortened(status: status_pb2.Status) -> status_pb2.Status:
+    """The same with the beginning of its message, without the field violations that the message lists as well."""
+    details = [detail for detail in status.details if not detail.Is(error_details_pb2.BadRequest.DESCRIPTOR)]
+    message = status.message.encode()[: MAX_STATUS_BYTES // 2].decode(errors="ignore")
+    return status_pb2.Status(code=status.code, message=f"{message} ...", details=details)
+
+
+def as_bunraku_error(error: BaseException, method: str = "") -> BunrakuError:
     """The error itself, the first of a group, or StageBroken for a bug."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -156,7 +172,7 @@ def as_bunraku_error(error: BaseException) -> BunrakuError:
         return error
     if isinstance(error, NotImplementedError):
         # what grpc's generated servicer raises for a method that is not overridden
-        return NotThereYet("this method is in the contract but not in this version yet")
+        return NotThereYet(f"{method.rpartition('/')[2]} is in the contract, but not in this version yet")
     return StageBroken(f"{type(error).__name__}: {error}", reason="BUG")
 
 
@@ -221,7 +237,9 @@ class StageServer:
             self._runtime.set_state(State.STAGE_STATE_DRAINING)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-        self._runtime.gpu.shutdown()
+        # calls that were ended at the end of the grace period let go of the device first
+        await asyncio.to_thread(self._runtime.gpu.shutdown, _END_OF_WORK_S)
+        await self._runtime.idle(_END_OF_WORK_S)
         if self._runtime.shared_memory is not None:
             self._runtime.shared_memory.close()
 

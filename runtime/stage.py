@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +23,14 @@ from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime.bundles import Bundle
 from runtime.gpu import GpuThread
 from runtime.memory import MemoryUse, device_memory, device_name, host_memory
-from runtime.shared_memory import SharedMemory, Sharing, boot_id
+from runtime.shared_memory import LOST, SharedMemory, Sharing, boot_id
 from runtime.telemetry import METADATA_GENERATION, METADATA_SHARED_MEMORY
 from runtime.tensors import CHUNK_BYTES, MAX_CALL_BYTES, TensorData, WireTensor, receive, receive_call, send_tensors
 
 M = TypeVar("M", bound=Message)
 State = stage_pb2.StageState
 _RETRY_AFTER_S = 1.0
+_NONCE_STAYS_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class StageRuntime:
         self._start = datetime.now(UTC)
         self._slots = asyncio.Semaphore(limits.max_concurrent)
         self._work: list[_Work] = []
+        self._work_ended = asyncio.Event()
         self._queued = 0
         self._calls: dict[int, Sharing] = {}
 
@@ -141,20 +143,30 @@ class StageRuntime:
             yield
         finally:
             self._work.remove(work)
+            self._work_ended.set()
             self._slots.release()
 
     @asynccontextmanager
     async def lending(self, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-        """Keeps what a call has in shared memory, and gives it up if the call fails."""
+        """Keeps what a call has in shared memory, and gives it up when the caller has gone.
+
+        After an error of ours the caller still reads what was sent before it, such as a checkpoint.
+
+        Raises:
+            NotReady: the caller agreed on shared memory with another process than this one; it may agree anew.
+        """
         session = _metadata(context).get(METADATA_SHARED_MEMORY, "")
         peer = self.sessions.get(session)
+        if session and (peer is None or self.shared_memory is None):
+            text = f"this process of the {self.stage} stage has not agreed on shared memory with the caller"
+            raise NotReady(text, reason=LOST, stage=self.stage)
         if self.shared_memory is not None and peer is not None:
             self._calls[id(context)] = Sharing(self.shared_memory, peer)
         try:
             yield
-        except BaseException:
+        except (asyncio.CancelledError, grpc.aio.BaseError):
             if id(context) in self._calls:
-                self._calls[id(context)].failed()
+                self._calls[id(context)].ended()
             raise
         finally:
             self._calls.pop(id(context), None)
@@ -207,10 +219,18 @@ class StageRuntime:
             version=program_version(),
         )
         response.start_time.FromDatetime(self._start)
-        for work in self._work:
+        for work in list(self._work):
             entry = response.work.add(rpc=work.rpc, generation=work.generation)
             entry.elapsed.FromNanoseconds(int((now - work.begun) * 1e9))
         return response
+
+    async def idle(self, timeout_s: float) -> None:
+        """Waits until nothing is worked on, at most so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._work:
+                    self._work_ended.clear()
+                    await self._work_ended.wait()
 
     def _refuse_unless_serving(self) -> None:
         if self.state == State.STAGE_STATE_SERVING:
@@ -254,9 +274,12 @@ class StageServicer(stage_pb2_grpc.StageServiceServicer):
         if found is None or found[1] != request.nonce:
             return stage_pb2.OpenSharedMemoryResponse()
         peer, nonce = found
-        segment = memory.nonce_segment(nonce)
+        try:
+            segment = memory.nonce_segment(nonce)
+        except OSError:
+            return stage_pb2.OpenSharedMemoryResponse()
         # the caller reads it at once; it need not stay longer than its answer takes
-        asyncio.get_running_loop().call_later(10, memory.remove_nonce, segment)
+        asyncio.get_running_loop().call_later(_NONCE_STAYS_S, memory.remove_nonce, segment)
         self._forget_dead_sessions(memory)
         session = f"{peer}-{memory.instance}"
         self._runtime.sessions[session] = peer

@@ -16,7 +16,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 SPAN_GENERATION = "generation"
@@ -63,10 +63,19 @@ def span(
     parent: Context | None = None,
 ) -> Iterator[Span]:
     """A span around a piece of work; an exception is recorded on it and goes on."""
-    with trace.get_tracer("bunraku").start_as_current_span(
-        name, context=parent, kind=kind, attributes=dict(attributes or {})
-    ) as current:
+    before = otel_context.get_current()
+    current = trace.get_tracer("bunraku").start_span(name, context=parent, kind=kind, attributes=dict(attributes or {}))
+    otel_context.attach(trace.set_span_in_context(current))
+    try:
         yield current
+    except Exception as error:
+        current.record_exception(error)
+        current.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        current.end()
+        # not `detach`: around a generator that the event loop closes, this is another task than the one above
+        otel_context.attach(before)
 
 
 def outgoing() -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from bunraku.errors import InvalidRequest
 from bunraku.v1 import tensor_pb2
@@ -52,6 +52,7 @@ _TYPES: Mapping[int, tuple[str, npt.DTypeLike]] = {
 _TYPE_OF_NAME = {name: dtype for dtype, (name, _) in _TYPES.items()}
 _NAME = re.compile(r"[a-z0-9_.]{1,128}")
 _MAX_AXES = 8
+_MAX_EXTENT = 2**62  # strides are signed 64-bit numbers, also those of a tensor without elements
 _TENSOR_DATA_TAG = 15 << 3 | 2  # field 15, length-delimited
 
 M = TypeVar("M", bound=Message)
@@ -106,8 +107,12 @@ class WireTensor:
 
     @classmethod
     def from_numpy(cls, name: str, array: npt.NDArray[Any]) -> WireTensor:
-        """Shares the bytes of an array (copies only what is not contiguous)."""
-        contiguous = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar 1-D
+        """Shares the bytes of an array (copies only what is not contiguous or not little-endian).
+
+        Raises KeyError for a type that cannot be carried.
+        """
+        little_endian = array.dtype.newbyteorder("<")
+        contiguous = np.ascontiguousarray(array, little_endian).reshape(array.shape)  # it makes a scalar 1-D
         return cls(name, dtype_of(contiguous.dtype.name), contiguous.shape, contiguous.reshape(-1).view(np.uint8))
 
     @classmethod
@@ -169,7 +174,10 @@ def deserializer(message_type: type[M]) -> Callable[[bytes], M | TensorData]:
             start, length = _read_framing(received)
             if start + length == len(received):
                 return TensorData(memoryview(received)[start:])
-        return message_type.FromString(received)
+        try:
+            return message_type.FromString(received)
+        except DecodeError as error:
+            raise InvalidRequest(("", f"a message of the stream cannot be read: {error}")) from error
 
     return deserialize
 
@@ -271,17 +279,20 @@ class Receiver(Generic[M]):
         self.total_bytes = 0
         self._incoming: _Incoming | None = None
 
-    def take(self, message: M | TensorData) -> M | WireTensor | None:
+    def take(self, message: M | TensorData | None) -> M | WireTensor | None:
         """What this message completes: itself, a tensor, or nothing yet."""
+        if message is None:
+            # what a client of grpc.aio is given for a message that could not be deserialised
+            raise InvalidRequest(("", "a message of the stream cannot be read"))
         if isinstance(message, TensorData):
             return self._take_data(message.payload)
-        if self._incoming is not None:
-            raise self._truncated()
         kind = message.WhichOneof("message")
-        if kind == "tensor":
-            return self._take_header(cast("Any", message).tensor)
         if kind == "tensor_data":
             return self._take_data(memoryview(cast("Any", message).tensor_data))
+        if self._incoming is not None:
+            raise self._truncated()
+        if kind == "tensor":
+            return self._take_header(cast("Any", message).tensor)
         if kind is None:
             raise InvalidRequest(("", "a message of the stream is empty"))
         return message
@@ -401,6 +412,8 @@ def check_header(header: tensor_pb2.TensorHeader) -> None:
         raise InvalidRequest(
             (name, f"must have at most {_MAX_AXES} axes of length 0 or more, got {list(header.shape)}")
         )
+    if math.prod(max(1, length) for length in header.shape) * item_size(header.dtype) > _MAX_EXTENT:
+        raise InvalidRequest((name, f"has axes that are too long: {list(header.shape)}"))
     size_bytes = math.prod(header.shape) * item_size(header.dtype)
     if size_bytes != header.size_bytes:
         text = f"of shape {list(header.shape)} and {dtype_name(header.dtype)} has {size_bytes} bytes, the header states {header.size_bytes}"

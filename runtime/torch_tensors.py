@@ -8,11 +8,12 @@ from runtime.tensors import WireTensor, dtype_name, dtype_of
 
 
 def to_torch(tensor: WireTensor) -> torch.Tensor:
-    """The tensor on the CPU, sharing the bytes that arrived."""
+    """The tensor on the CPU, sharing the bytes that arrived (a copy of what may not be written to)."""
     dtype: torch.dtype = getattr(torch, dtype_name(tensor.dtype))
     if tensor.size_bytes == 0:
         return torch.empty(tensor.shape, dtype=dtype)
-    return torch.from_numpy(tensor.data).view(dtype).reshape(tensor.shape)
+    data = tensor.data if tensor.data.flags.writeable else tensor.data.copy()
+    return torch.from_numpy(data).view(dtype).reshape(tensor.shape)
 
 
 def from_torch(name: str, tensor: torch.Tensor) -> WireTensor:

@@ -1,0 +1,30 @@
+"""What the stages that compute with torch share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import nn
+
+from runtime.bundles import BundleComponent
+from runtime.stage import LoadedComponent
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; float32 on a CPU, most of which are slower in bfloat16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def loaded_component(component: BundleComponent, module: nn.Module) -> LoadedComponent:
+    """What the status says of a model that has been loaded."""
+    tensors: Iterable[torch.Tensor] = [*chain(module.parameters(), module.buffers())]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    return LoadedComponent(
+        component.name,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        size_bytes=sum(tensor.nbytes for tensor in tensors),
+        dtype="+".join(dtypes),
+        sha256=",".join(component.sha256),
+    )

@@ -1,0 +1,47 @@
+"""Ready pose videos -> pose frames at the size that the denoiser takes. numpy and Pillow only.
+
+Pose frames are at half the size of the video to be made: the mean of each 2x2 block, as levels in float16, which holds
+these means exactly (a quarter is the smallest step, 255 the largest value).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Frame = npt.NDArray[np.uint8]
+
+
+def cover(frame: Frame, height: int, width: int) -> Frame:
+    """Scales a frame so that it covers height x width, and crops it at its centre.
+
+    Args:
+        frame: uint8 [h, w, 3].
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Source: zai-org/SCAIL 33122ea data_video.py (bicubic on 8-bit frames, centre crop).
+    """
+    source_height, source_width = frame.shape[:2]
+    if (source_height, source_width) == (height, width):
+        return frame
+    scale = max(height / source_height, width / source_width)
+    box_height, box_width = height / scale, width / scale
+    top, left = (source_height - box_height) / 2, (source_width - box_width) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def halve(frame: Frame) -> npt.NDArray[np.float16]:
+    """uint8 [H, W, 3], H and W even -> float16 [H / 2, W / 2, 3], levels 0 to 255."""
+    height, width, channels = frame.shape
+    blocks = frame.reshape(height // 2, 2, width // 2, 2, channels)
+    return (blocks.sum(axis=(1, 3), dtype=np.uint16) / np.float32(4)).astype(np.float16)
+
+
+def whole_latents(num_frames: int, limit: int = 0) -> int:
+    """The largest 4k + 1 that is at most `num_frames` and, unless that is 0, `limit`."""
+    most = min(num_frames, limit) if limit else num_frames
+    return (most - 1) // 4 * 4 + 1
