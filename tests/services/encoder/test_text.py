@@ -110,7 +110,10 @@ def test_embeddings_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
 def test_tokens_go_to_where_the_weights_are(tmp_path: Path) -> None:
     encoder = text_encoder(tmp_path)
     encoder.model.to("meta")
+    seen: list[str] = []
+    encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
     assert encoder.encode(["a red jacket"]).prompt_embeds.is_meta
+    assert seen == ["meta"]
 
 
 def test_no_prompts_give_no_rows(encoder: TextEncoder) -> None:

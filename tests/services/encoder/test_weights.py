@@ -187,6 +187,16 @@ def test_loaded_models_are_complete_frozen_and_of_one_dtype(dtype: torch.dtype) 
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
+def test_models_are_loaded_onto_the_device_that_is_asked_for() -> None:
+    there = torch.device("meta")
+    models = (
+        text_model(released_text_weights(), TEXT, device=there, dtype=torch.float32, source="test"),
+        image_model(released_image_weights(), IMAGE, device=there, dtype=torch.float32, source="test"),
+    )
+    for model in models:
+        assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
 def test_embedding_table_exists_once() -> None:
     weights = released_text_weights()
     model = text_model(weights, TEXT, device=CPU, dtype=torch.float32, source="test")
