@@ -52,9 +52,9 @@ class Conditioning:
         return self.with_known(latents)[:, :, self.leading_frames :]
 
 
-def text_to_video(size: Sequence[int], head_dim: int) -> Conditioning:
-    """Nothing but the prompt; `size` is the [T, h, w] of the latents."""
-    return Conditioning(_rope(size, head_dim))
+def text_to_video(size: Sequence[int], head_dim: int, device: torch.device | None = None) -> Conditioning:
+    """Nothing but the prompt; `size` is the [T, h, w] of the latents, `device` theirs (None: the CPU)."""
+    return Conditioning(_rope(size, head_dim).to(device or torch.device("cpu")))
 
 
 def image_to_video(image_latents: Tensor, frames_given: int, head_dim: int) -> Conditioning:
@@ -67,12 +67,14 @@ def image_to_video(image_latents: Tensor, frames_given: int, head_dim: int) -> C
     """
     batch, _, *size = image_latents.shape
     mask = known_frames_mask(frames_given, *size).to(image_latents.device).expand(batch, -1, -1, -1, -1)
-    return Conditioning(_rope(size, head_dim), channels=torch.cat((mask, image_latents), dim=1))
+    return Conditioning(
+        _rope(size, head_dim).to(image_latents.device), channels=torch.cat((mask, image_latents), dim=1)
+    )
 
 
 def first_frame_to_video(first_frame: Tensor, size: Sequence[int], head_dim: int) -> Conditioning:
     """Wan 2.2 TI2V: the first latent frame [B, 48, 1, h, w] is kept in the state and its tokens are at timestep 0."""
-    return Conditioning(_rope(size, head_dim), known=first_frame, known_tokens_at_zero=True)
+    return Conditioning(_rope(size, head_dim).to(first_frame.device), known=first_frame, known_tokens_at_zero=True)
 
 
 def animation(
@@ -117,7 +119,9 @@ def animation(
     )
     given = pose_latents.new_ones(batch, MASK_CHANNELS, *pose_latents.shape[2:])  # all pose frames are known
     return Conditioning(
-        scail_rope(frames, height // 2, width // 2, head_dim, pose_time_origin=pose_time_origin),
+        scail_rope(frames, height // 2, width // 2, head_dim, pose_time_origin=pose_time_origin).to(
+            pose_latents.device
+        ),
         channels=mask.to(reference_latents.device).expand(batch, -1, -1, -1, -1),
         pose_latents=torch.cat((pose_latents, given), dim=1),
         known=reference_latents if history_latents is None else torch.cat((reference_latents, history_latents), dim=2),

@@ -68,11 +68,13 @@ class Solver(ABC):
     """Tables of one run and the rule for a step.
 
     Attributes:
+        highest_order: of a step; the first and the last one are of order 1.
         sigmas: [num_inference_steps + 1] float32, CPU, falling to 0; the state after step i is at sigmas[i].
         timesteps: [num_inference_steps], CPU: what the model is given; int64 where the solver truncates, else float32.
     """
 
     name: ClassVar[str]
+    highest_order: ClassVar[int]
     sigmas: Tensor
     timesteps: Tensor
 
@@ -106,6 +108,10 @@ class Solver(ABC):
     def history(self, step: int) -> tuple[int, bool]:
         """After `step` steps: how many clean predictions the state holds, and whether it holds previous latents."""
 
+    def order(self, i: int) -> int:
+        """Order of the step from sigmas[i]."""
+        return 1 if i in (0, self.num_inference_steps - 1) else self.highest_order
+
     def start(self, noise: Tensor) -> SolverState:
         return SolverState(noise)
 
@@ -116,6 +122,11 @@ class Solver(ABC):
         held = (len(state.previous_x0), state.previous_latents is not None)
         if held != self.history(state.step):
             raise ValueError(f"the checkpoint's history is not that of {self.name} after step {state.step}")
+        last_order = self.order(state.step - 1) if state.step else 0
+        if state.last_order != last_order:
+            raise ValueError(
+                f"checkpoint last_order must be {last_order} after step {state.step}, got {state.last_order}"
+            )
 
 
 class UniPC(Solver):
@@ -125,6 +136,7 @@ class UniPC(Solver):
     """
 
     name = "unipc"
+    highest_order = 2
 
     def tables(self, num_inference_steps: int, shift: float) -> tuple[Tensor, Tensor]:
         highest = float(np.float32(1 - 1 / _TRAIN_TIMESTEPS))
@@ -137,7 +149,7 @@ class UniPC(Solver):
         i = state.step
         x0 = state.latents - float(self.sigmas[i]) * velocity  # from the uncorrected sample
         latents = state.latents if i == 0 else self.correct(state, x0)
-        order = 1 if i in (0, self.num_inference_steps - 1) else 2
+        order = self.order(i)
         return SolverState(
             latents=self.predict(i, order, latents, x0, state.previous_x0),
             step=i + 1,
@@ -194,6 +206,7 @@ class DPMpp2M(Solver):
     """
 
     name = "dpm++"
+    highest_order = 2
 
     def tables(self, num_inference_steps: int, shift: float) -> tuple[Tensor, Tensor]:
         return _truncated_tables(1.0, num_inference_steps, shift)
@@ -208,7 +221,7 @@ class DPMpp2M(Solver):
         h = _log_snr(sigma_t) - _log_snr(sigma_s)
         weight = float((1 - sigma_t) * torch.expm1(-h))
         latents = float(sigma_t / sigma_s) * state.latents - weight * x0
-        order = 1 if i in (0, self.num_inference_steps - 1) else 2
+        order = self.order(i)
         if order == 2:
             r = (_log_snr(sigma_s) - _log_snr(self.sigmas[i - 1])) / h
             D1 = (x0 - state.previous_x0[0]) / float(r)
@@ -223,6 +236,7 @@ class Euler(Solver):
     """
 
     name = "euler"
+    highest_order = 1
 
     def tables(self, num_inference_steps: int, shift: float) -> tuple[Tensor, Tensor]:
         even = np.linspace(_TRAIN_TIMESTEPS, 1, num_inference_steps, dtype=np.float32) / np.float32(_TRAIN_TIMESTEPS)

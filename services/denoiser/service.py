@@ -26,7 +26,7 @@ from services.denoiser.attention import AUTO
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
-from services.denoiser.sampling import Solver, SolverState, make_solver
+from services.denoiser.sampling import SOLVERS, Solver, SolverState, make_solver
 from services.denoiser.weights import load_transformer
 
 CHECKPOINT_PREFIX = "checkpoint."
@@ -42,11 +42,13 @@ _TENSORS = (
 _LATENT_CHANNELS, _PIXELS_PER_LATENT = 16, 8
 _SIZE_MULTIPLE = 32  # of SCAIL: pose tokens stand for 32 x 32 pixels
 _MAX_SIDE, _MAX_FRAMES, _MAX_STEPS, _MAX_SEED = 4096, 257, 100, 2**63 - 1
+_MAX_IMAGE_ROWS = 1024  # CLIP ViT-H/14 gives 257
 _SOLVER_NAMES = {
     pb.Solver.SOLVER_UNIPC: "unipc",
     pb.Solver.SOLVER_DPMPP: "dpm++",
     pb.Solver.SOLVER_EULER: "euler",
 }
+_UNUSED_WHEN = {"image_embeds": "the model has no image branch", "history_latents": "history_frames is 0"}
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -89,6 +91,8 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             for message in self._outcome_messages(outcome, run.digest, context):
                 yield message
             if self._runtime.draining and outcome.latents is None:
+                # the next step has begun already; what it computes would be lost
+                await steps.aclose()
                 for message in await self._give_back(outcome, run.digest, context):
                     yield message
                 raise NotReady("the denoiser stage is draining; go on from the checkpoint", reason="STAGE_DRAINING")
@@ -97,8 +101,9 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         """Everything on the device that a run needs."""
         expects = Expectations(self._model.config, plan)
         device = torch.device(self._runtime.device)
-        inputs = {name: tensor.to(device) for name, tensor in expects.inputs(tensors).items()}
-        digest = run_digest(plan, tensors, self._bundle.revision)
+        wired = expects.inputs(tensors)
+        digest = run_digest(plan, wired, self._bundle.revision)
+        inputs = {name: to_torch(tensor).to(device) for name, tensor in wired.items()}
         solver = _solver(plan)
         conditioning = animation(
             inputs["reference_latents"].float(),
@@ -173,9 +178,9 @@ class Plan:
             width=p.width,
             num_frames=p.num_frames,
             num_inference_steps=_given(p, "num_inference_steps", sampling.num_inference_steps),
-            guidance_scale=_given(p, "guidance_scale", sampling.guidance_scale),
-            shift=_given(p, "shift", sampling.shift),
-            solver=_SOLVER_NAMES.get(p.solver, sampling.solver),
+            guidance_scale=float(_given(p, "guidance_scale", sampling.guidance_scale)),
+            shift=float(_given(p, "shift", sampling.shift)),
+            solver=_SOLVER_NAMES.get(p.solver, str(p.solver)) if p.solver else sampling.solver,
             seed=p.seed,
             history_frames=p.history_frames,
             pose_time_origin=_given(p, "pose_time_origin", bundle.quirks.pose_time_origin),
@@ -200,7 +205,8 @@ class Plan:
         checks.between("num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
         checks.between("guidance_scale", self.guidance_scale, 0, 30)
         checks.between("shift", self.shift, 0.1, 100)
-        checks.between("seed", self.seed, 0, _MAX_SEED)
+        checks.that(self.solver in SOLVERS, "solver", f"must be {', '.join(SOLVERS)} or not set, got {self.solver}")
+        checks.that(self.seed <= _MAX_SEED, "seed", f"must be 0 to 2^63 - 1, got {self.seed}")
         checks.between("pose_time_origin", self.pose_time_origin, 0, 1)
         checks.done()
 
@@ -231,8 +237,24 @@ class Expectations:
     def _size(self) -> tuple[int, int]:
         return self.plan.height // _PIXELS_PER_LATENT, self.plan.width // _PIXELS_PER_LATENT
 
-    def inputs(self, tensors: Mapping[str, WireTensor]) -> dict[str, Tensor]:
-        """The conditioning, checked. Raises InvalidRequest naming the tensor that is missing or does not fit."""
+    def inputs(self, tensors: Mapping[str, WireTensor]) -> dict[str, WireTensor]:
+        """The conditioning that the run uses, checked.
+
+        Raises InvalidRequest naming the tensors that are missing, do not fit or are too much.
+        """
+        self._refuse_unused(tensors)
+        checked = {name: require(tensors, name, shape, FLOATS) for name, shape in self._shapes().items()}
+        text_len = self.config.text_len
+        most_rows = {"prompt_embeds": text_len, "negative_prompt_embeds": text_len, "image_embeds": _MAX_IMAGE_ROWS}
+        checks = Checks()
+        for name, most in most_rows.items():
+            rows = checked[name].shape[1] if name in checked else 1
+            checks.that(1 <= rows <= most, name, f"must have 1 to {most} rows, got {rows}")
+        checks.done()
+        return checked
+
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Of the conditioning that the run needs, by name; None where any length will do."""
         config, plan, (height, width) = self.config, self.plan, self._size
         text = (1, None, config.text_dim)
         shapes: dict[str, tuple[int | None, ...]] = {
@@ -245,16 +267,18 @@ class Expectations:
         if config.image_dim is not None:
             shapes["image_embeds"] = (1, None, config.image_dim)
         if plan.history_frames:
-            known = _latent_frames(plan.history_frames)
-            shapes["history_latents"] = (1, _LATENT_CHANNELS, known, height, width)
-        elif "history_latents" in tensors:
-            raise InvalidRequest(("history_latents", "came although history_frames is 0"))
-        checked = {name: require(tensors, name, shape, FLOATS) for name, shape in shapes.items()}
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            rows = checked[name].shape[1] if name in checked else 1
-            if not 1 <= rows <= config.text_len:
-                raise InvalidRequest((name, f"must have 1 to {config.text_len} rows, got {rows}"))
-        return {name: to_torch(tensor) for name, tensor in checked.items()}
+            shapes["history_latents"] = (1, _LATENT_CHANNELS, _latent_frames(plan.history_frames), height, width)
+        return shapes
+
+    def _refuse_unused(self, tensors: Mapping[str, WireTensor]) -> None:
+        """A tensor that the run would ignore is a mistake; but a negative prompt may come without guidance."""
+        stored = self.plan.start_from.tensors if self.plan.start_from is not None else ()
+        used = {*self._shapes(), "negative_prompt_embeds", *(CHECKPOINT_PREFIX + name for name in stored)}
+        checks = Checks()
+        for name in sorted(tensors.keys() - used):
+            reason = "start_from does not list it" if name.startswith(CHECKPOINT_PREFIX) else _UNUSED_WHEN[name]
+            checks.that(False, name, f"came although {reason}")
+        checks.done()
 
 
 @dataclass(frozen=True)
@@ -301,9 +325,8 @@ class Run:
         if self.state.step == plan.num_inference_steps:
             yield self._outcome(self.state, plan, begun)
         for state in denoise(experts, self.solver, self.state, self.conditioning, self.prompt):
-            outcome = self._outcome(state, plan, begun)
-            begun = time.perf_counter()
-            yield outcome
+            yield self._outcome(state, plan, begun)
+            begun = time.perf_counter()  # now: whoever takes the steps may have let the last one wait
 
     def _outcome(self, state: SolverState, plan: Plan, begun: float) -> Outcome:
         last = state.step == plan.num_inference_steps
@@ -334,11 +357,15 @@ def restored(
 
     Raises:
         WrongState: the checkpoint is of another run.
-        InvalidRequest: its tensors are not those that it lists.
+        InvalidRequest: its tensors are not those that it lists, or no run of this solver can have left its state.
     """
     if checkpoint.run_digest != digest:
         text = "start_from is the checkpoint of another run: its parameters, inputs or weights differ"
         raise WrongState(text, reason="CHECKPOINT_OF_ANOTHER_RUN")
+    step = checkpoint.state.get("step", checkpoint.completed_steps)
+    if step != checkpoint.completed_steps:
+        text = f"must be the step of its state, {step}, got {checkpoint.completed_steps}"
+        raise InvalidRequest(("start_from.completed_steps", text))
     stored = {
         name: to_torch(require(tensors, CHECKPOINT_PREFIX + name, shape, (FLOAT32,))).to(device)
         for name in checkpoint.tensors
@@ -351,7 +378,7 @@ def restored(
         raise InvalidRequest(("start_from", str(error))) from error
 
 
-def run_digest(plan: Plan, tensors: Mapping[str, WireTensor], revision: str) -> str:
+def run_digest(plan: Plan, inputs: Mapping[str, WireTensor], revision: str) -> str:
     """Of everything that decides a run's result: parameters, conditioning, weights."""
     decisive = {
         name: value
@@ -359,11 +386,9 @@ def run_digest(plan: Plan, tensors: Mapping[str, WireTensor], revision: str) -> 
         if name not in ("preview_every_steps", "checkpoint_every_steps", "start_from")
     }
     digest = hashlib.sha256(repr((revision, sorted(decisive.items()))).encode())
-    for name in sorted(tensors):
-        if not name.startswith(CHECKPOINT_PREFIX):
-            tensor = tensors[name]
-            digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-            digest.update(tensor.data.data)
+    for name, tensor in sorted(inputs.items()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.data.data)
     return digest.hexdigest()
 
 

@@ -93,7 +93,7 @@ def load_transformer(
         raise CheckpointMismatch(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
     placed = {name: tensor.to(device=device, dtype=dtypes[name]) for name, tensor in renamed.items()}
     load_weights(model, placed, source=source)
-    return model.eval()
+    return model
 
 
 def checkpoint_problems(config: TransformerConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -119,7 +119,7 @@ def released_names(names: Mapping[str, object]) -> dict[str, str]:
         name = original
         for pattern, replacement in rules:
             name = pattern.sub(replacement, name)
-        if _NOT_OURS.search(original) or _NOT_OURS.search(name) or name.endswith(UNUSED):
+        if _NOT_OURS.search(original) or name.endswith(UNUSED):
             continue
         released[original] = name
     if twice := sorted(name for name, count in Counter(released.values()).items() if count > 1):

@@ -120,7 +120,7 @@ class Past:
         self.frames: dict[nn.Module, Tensor] = {}
 
     def join(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
-        """Puts the last `count` frames that `layer` saw, zeros if there were none, before `x`; remembers the new last ones."""
+        """Puts the last `count` frames that `layer` saw (at first zeros) before `x`; remembers the new last ones."""
         before = self.frames.get(layer)
         if before is None:
             before = x.new_zeros(*x.shape[:2], count, *x.shape[3:])
@@ -346,7 +346,7 @@ class UpStage(Causal, nn.Module):
 
 
 class Encoder(nn.Module):
-    """Patchified frames [B, 3 * patch_size^2, n, H, W] -> [B, 2 * z_dim, T, h, w], from which `Vae.conv1` makes moments."""
+    """Patchified frames [B, 3 * patch_size^2, n, H, W] -> [B, 2 * z_dim, T, h, w], moments after `Vae.conv1`."""
 
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
@@ -411,7 +411,7 @@ def head(channels_in: int, channels: int) -> Chain:
 
 
 class Vae(nn.Module):
-    """A Wan VAE. It computes in the dtype of its weights; normalised latents and decoded frames are float32 in any case.
+    """A Wan VAE. It computes in the dtype of its weights; normalised latents and decoded frames are always float32.
 
     Whole clips go through `encode` and `decode`, clips that come in pieces through the streams, and a caller that keeps
     the `Past` of a clip itself calls `encode_group` and `decode_group`. Training uses `posterior` and `generate`.
@@ -451,7 +451,7 @@ class Vae(nn.Module):
                 frames up to rounding.
 
         Yields:
-            frames [B, 3, n, H, W], float32, about [-1, 1] but not clamped: n = 1 for the clip's first latent, 4 for others.
+            frames [B, 3, n, H, W], float32, about [-1, 1] but not clamped: 1 for the clip's first latent, 4 for others.
         """
         past = Past()
         for chunk in latents:
@@ -509,7 +509,7 @@ class Vae(nn.Module):
 
 
 def regroup(chunks: Iterable[Tensor], *, first: int, then: int) -> Iterator[Tensor]:
-    """Cuts frames [B, C, n, H, W], whatever n, into a group of `first` frames and groups of `then`; drops an incomplete one."""
+    """Cuts frames [B, C, n, H, W] into a group of `first` and then groups of `then`; an incomplete one is dropped."""
     group: list[Tensor] = []
     size = first
     for chunk in chunks:
@@ -521,7 +521,7 @@ def regroup(chunks: Iterable[Tensor], *, first: int, then: int) -> Iterator[Tens
 
 
 def patchify(frames: Tensor, side: int) -> Tensor:
-    """Folds squares of pixels into channels, the row in a square fastest: [B, C, n, H, W] -> [B, C*side*side, n, h, w]."""
+    """Folds squares of pixels into channels, row fastest: [B, C, n, H, W] -> [B, C*side*side, n, H/side, W/side]."""
     batch, channels, n, height, width = frames.shape
     x = frames.reshape(batch, channels, n, height // side, side, width // side, side)
     x = x.permute(0, 1, 6, 4, 2, 3, 5)  # [B, C, column, row, n, h, w]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
+from functools import partial
 from typing import Any, Literal
 
 import grpc
@@ -53,16 +55,18 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         self._runtime.components.append(loaded_component(component, self._vae))
 
     async def Encode(self, requests: AsyncIterator[pb.EncodeRequest], context: Context) -> AsyncIterator[Any]:
-        incoming = self._runtime.receive(requests, context)
-        parameters = self._checked(await anext(incoming, None))
-        encoder = _ClipEncoder(self._vae, parameters, self._runtime.device)
-        latents: list[Tensor] = []
-        async for item in incoming:
-            frames = encoder.checked(item)
-            latents += await self._runtime.gpu.run(lambda frames=frames: encoder.add(frames))  # type: ignore[misc]
-            yield pb.EncodeResponse(
-                progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
-            )
+        async with aclosing(self._runtime.receive(requests, context)) as incoming:
+            parameters = self._checked(await anext(incoming, None))
+            encoder = _ClipEncoder(self._vae, parameters, self._runtime.device)
+            latents: list[Tensor] = []
+            async for item in incoming:
+                frames = encoder.checked(item)
+                del item  # frames that are encoded are not kept while further ones arrive
+                latents += await self._runtime.gpu.run(partial(encoder.add, frames))
+                del frames
+                yield pb.EncodeResponse(
+                    progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
+                )
         encoder.finish()
         tensor = from_torch("latents", torch.cat(latents, dim=2))
         for message in self._runtime.send(pb.EncodeResponse, [tensor], context):
@@ -74,8 +78,8 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         if parameters.format == pb.FrameFormat.FRAME_FORMAT_H264:
             raise NotThereYet("format FRAME_FORMAT_H264 is not there yet: frames are given raw")
         latents = require(tensors, "latents", (1, self._vae.config.z_dim, None, None, None), FLOATS)
+        self._check_decode(parameters, latents)
         color_reference = self._color_reference(parameters, latents, tensors)
-        _check_decode(parameters, latents)
         frames = self._runtime.gpu.stream(lambda: self._decoded(parameters, latents, color_reference))
         async for portion in frames:
             for message in self._runtime.send(pb.DecodeResponse, [portion], context):
@@ -87,7 +91,11 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
     ) -> Iterator[WireTensor]:
         """Frames of the latents, uint8 [n, H, W, 3], without those to be skipped."""
         clip = to_torch(latents).to(self._runtime.device)
+        if not bool(torch.isfinite(clip).all()):
+            raise InvalidRequest(("latents", "must be finite"))
         skip = parameters.skip_frames
+        if skip == _frames_of(latents, self._vae.config):
+            return
         for decoded in self._vae.decode_stream(clip.split(1, dim=2)):
             raise_if_cancelled()
             kept = decoded[:, :, min(skip, decoded.shape[2]) :]
@@ -110,6 +118,21 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         checks.between("num_frames", parameters.num_frames, 1, _MAX_FRAMES)
         checks.done()
         return parameters
+
+    def _check_decode(self, parameters: pb.DecodeParameters, latents: WireTensor) -> None:
+        checks, config = Checks(), self._vae.config
+        checks.that(parameters.rounding in _ROUNDING, "rounding", f"is not known: {parameters.rounding}")
+        checks.that(parameters.format in pb.FrameFormat.values(), "format", f"is not known: {parameters.format}")
+        checks.between("color_correction_strength", parameters.color_correction_strength, 0, 1)
+        most = (_MAX_SIDE // config.pixels_per_latent,) * 2
+        most_latents = (_MAX_FRAMES - 1) // config.frames_per_latent + 1
+        fits = all(1 <= n <= limit for n, limit in zip(latents.shape[2:], (most_latents, *most), strict=True))
+        text = f"must have 1 to {most_latents} frames of 1x1 to {most[0]}x{most[1]}, got {list(latents.shape)}"
+        if checks.that(fits, "latents", text):
+            frames, skip = _frames_of(latents, config), parameters.skip_frames
+            text = f"must be at most the {frames} frames of the latents, got {skip}"
+            checks.that(skip <= frames, "skip_frames", text)
+        checks.done()
 
     def _color_reference(
         self, parameters: pb.DecodeParameters, latents: WireTensor, tensors: dict[str, WireTensor]
@@ -156,20 +179,15 @@ class _ClipEncoder:
             self._group.append(frame.clone())
             if len(self._group) == (1 if self._past.at_start else self._vae.config.frames_per_latent):
                 raise_if_cancelled()
-                group = from_uint8(torch.stack(self._group).to(self._device))
+                levels = torch.stack(self._group).to(self._device)
+                if levels.is_floating_point() and not bool(((levels >= 0) & (levels <= 255)).all()):
+                    raise InvalidRequest(("frames", "must be levels 0 to 255"))
+                group = from_uint8(levels)
                 latents.append(self._vae.encode_group(group, self._past).to("cpu"))
                 self._group.clear()
         return latents
 
 
-def _check_decode(parameters: pb.DecodeParameters, latents: WireTensor) -> None:
-    checks = Checks()
-    checks.between("color_correction_strength", parameters.color_correction_strength, 0, 1)
-    frames = 4 * (latents.shape[2] - 1) + 1
-    checks.that(latents.size_bytes > 0, "latents", f"must not be empty, got {list(latents.shape)}")
-    checks.that(
-        parameters.skip_frames < frames,
-        "skip_frames",
-        f"must be less than the {frames} frames of the latents, got {parameters.skip_frames}",
-    )
-    checks.done()
+def _frames_of(latents: WireTensor, config: VaeConfig) -> int:
+    """Pixel frames that latents [1, C, T, h, w] stand for."""
+    return config.frames_per_latent * (latents.shape[2] - 1) + 1

@@ -102,6 +102,13 @@ def test_timestep_without_an_expert_is_refused_before_the_first_step() -> None:
     assert choose_expert([Expert(model, 1.0, 875.0)], torch.tensor(875)).min_timestep == 875
 
 
+def test_state_of_another_solver_is_refused_before_the_first_step() -> None:
+    experts, euler = [Expert(transformer(TEXT_TO_VIDEO), 1.0)], make_solver("euler", 4, shift=1.0)
+    state = next(denoise(experts, euler, euler.start(NOISE), PLAIN, PROMPT))
+    with pytest.raises(ValueError, match="history is not that of unipc after step 1"):
+        denoise(experts, make_solver("unipc", 4, shift=1.0), state, PLAIN, PROMPT)
+
+
 def test_guidance_without_a_negative_prompt_is_refused() -> None:
     solver = make_solver("unipc", 4, shift=1.0)
     positive_only = replace(PROMPT, negative_prompt_embeds=None)

@@ -70,6 +70,15 @@ def test_dark_reference_gives_the_darks_of_the_formula() -> None:
     assert np.abs(matched.numpy() - expected(frame, reference, 1.0)).max() < 0.51
 
 
+def test_colours_that_the_screen_does_not_have_are_clipped() -> None:
+    frame = picture(1)
+    black_and_yellow = torch.tensor([[[0, 0, 0]], [[255, 255, 0]]], dtype=torch.uint8)
+    goal = expected(frame, black_and_yellow, 1.0)
+    assert (goal == 0).any()
+    assert (goal == 255).any()
+    assert np.abs(match_colors(frame[None], black_and_yellow, 1.0)[0].numpy() - goal).max() < 0.51
+
+
 def test_strength_zero_changes_nothing() -> None:
     frames = torch.stack([picture(1), torch.full((9, 7, 3), 77, dtype=torch.uint8)])
     assert torch.equal(match_colors(frames, picture(3), 0.0), frames)

@@ -76,8 +76,8 @@ def noise(latents: int, seed: int = 0) -> Tensor:
 
 
 @both
-@settings(max_examples=10, deadline=None)
-@given(portions=st.lists(st.integers(0, 7), min_size=1, max_size=4))
+@settings(max_examples=6, deadline=None)
+@given(portions=st.lists(st.integers(0, 7), min_size=1, max_size=3))
 def test_frames_in_any_portions_give_exactly_the_same_latents(kind: str, portions: list[int]) -> None:
     vae, frames = tiny_vae(kind), clip(1 + sum(portions))
     streamed = list(vae.encode_stream(torch.split(frames, [1, *portions], dim=2)))
@@ -86,8 +86,8 @@ def test_frames_in_any_portions_give_exactly_the_same_latents(kind: str, portion
 
 
 @both
-@settings(max_examples=10, deadline=None)
-@given(portions=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+@settings(max_examples=6, deadline=None)
+@given(portions=st.lists(st.integers(1, 2), min_size=1, max_size=3))
 def test_latents_in_any_portions_give_the_same_frames(kind: str, portions: list[int]) -> None:
     vae, latents = tiny_vae(kind), noise(sum(portions))
     streamed = list(vae.decode_stream(torch.split(latents, portions, dim=2)))
@@ -180,13 +180,9 @@ def test_past_keeps_at_most_two_frames_per_layer_and_no_view(kind: str) -> None:
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that something still refers to."""
-    gc.collect()
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in gc.get_objects()
-        if issubclass(type(tensor), Tensor)
-    }
+    """Bytes of all tensors, save parameters, that something still refers to."""
+    tensors = [tensor for tensor in gc.get_objects() if type(tensor) is Tensor]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
@@ -385,6 +381,15 @@ def test_released_vaes_remember_as_many_tensors_as_the_released_code(name: str) 
 def test_presets_state_the_strides_of_the_released_vaes() -> None:
     strides = {name: (config.frames_per_latent, config.pixels_per_latent) for name, config in PRESETS.items()}
     assert strides == {"wan2.1": (4, 8), "wan2.2": (4, 16)}
+
+
+def test_frames_come_in_twos_where_only_one_stage_halves_the_rate() -> None:
+    config = VaeConfig(dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,))
+    vae = Vae(config).requires_grad_(False)
+    assert (config.frames_per_latent, config.pixels_per_latent) == (2, 2)
+    latents = vae.encode(clip(6))
+    assert latents.shape == (1, 16, 3, 8, 8)
+    assert vae.decode(latents).shape == (1, 3, 5, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,14 @@ def test_inventory_maps_onto_the_full_size_model(name: str) -> None:
     assert Manifest(name, MANIFESTS / f"{name}.json.gz").problems() == []
 
 
+@pytest.mark.parametrize(("name", "preset"), [("vae21", "wan2.1"), ("vae22", "wan2.2")])
+def test_preset_has_the_latent_statistics_of_the_reference(name: str, preset: str) -> None:
+    config, released = Case(name, GOLDENS).config, model.PRESETS[preset]
+    # stored as float32
+    assert released.latents_mean == pytest.approx(config["latents_mean"], rel=1e-6)
+    assert released.latents_std == pytest.approx(config["latents_std"], rel=1e-6)
+
+
 @pytest.mark.parametrize("statistic", ["latents_mean", "latents_std"])
 def test_case_fails_when_one_latent_statistic_is_off(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, SMALL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,8 @@ NESTED_NAMES = {
 }
 
 
-def random_weights(config: VaeConfig) -> dict[str, Tensor]:
+@cache
+def random_weights(config: VaeConfig) -> Mapping[str, Tensor]:
     torch.manual_seed(0)
     return {name: tensor.detach() for name, tensor in Vae(config).state_dict().items()}
 
@@ -73,17 +76,17 @@ def test_every_layout_loads_the_same_weights(config: VaeConfig, layout: str, tmp
     weights = random_weights(config)
     path = tmp_path / ("vae.pth" if layout == "pth" else "vae.safetensors")
     if layout == "pth":
-        torch.save(weights, path)
+        torch.save(dict(weights), path)
     else:
         named = {diffusers_name(name, config): tensor for name, tensor in weights.items()}
-        save_file(named if layout == "diffusers" else weights, path)
+        save_file(named if layout == "diffusers" else dict(weights), path)
     loaded = load(path, config).state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 
 
 def test_loaded_vae_has_the_asked_dtype_and_needs_no_gradients(tmp_path: Path) -> None:
-    save_file(random_weights(CONFIG), tmp_path / "vae.safetensors")
+    save_file(dict(random_weights(CONFIG)), tmp_path / "vae.safetensors")
     vae = load(tmp_path / "vae.safetensors", dtype=torch.bfloat16)
     assert vae.dtype == torch.bfloat16
     assert {tensor.dtype for tensor in vae.parameters()} == {torch.bfloat16}
@@ -92,7 +95,7 @@ def test_loaded_vae_has_the_asked_dtype_and_needs_no_gradients(tmp_path: Path) -
 
 
 def test_missing_unknown_and_reshaped_names_are_all_listed(tmp_path: Path) -> None:
-    weights = random_weights(CONFIG)
+    weights = dict(random_weights(CONFIG))
     del weights["encoder.head.2.bias"]
     weights["decoder.extra"] = torch.zeros(1)
     weights["conv2.bias"] = torch.zeros(3)
