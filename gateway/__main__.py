@@ -26,6 +26,7 @@ from gateway.store import JobStore
 from gateway.worker import Worker, WorkerSettings
 from runtime import telemetry
 from runtime.bundles import BundleError, load_bundle
+from runtime.client import Retry
 from runtime.server import build_server, stop_signal
 from runtime.shared_memory import DIRECTORY, SharedMemory
 
@@ -50,6 +51,7 @@ class GatewaySettings(BaseSettings):
     max_queued: int = Field(1000, ge=0, description="generations that may wait")
     max_seconds: float = Field(6 * 3600.0, gt=0, description="that a generation may take from its creation")
     max_upload_bytes: int = Field(2 << 30, ge=1, description="the largest file that may be sent")
+    stage_patience_s: float = Field(120.0, ge=0, description="how long a stage that is not ready is tried again")
     checkpoint_every_steps: int = Field(5, ge=0, description="steps that a dead denoiser costs at most; 0: all")
     shared_memory: bool = Field(True, description="hand tensors over through shared memory where both sides can")
     shared_memory_directory: Path = Field(DIRECTORY, description="in memory, the same for all that are to share")
@@ -115,6 +117,7 @@ def _worker_settings(settings: GatewaySettings) -> WorkerSettings:
     return WorkerSettings(
         max_running=settings.max_running,
         max_seconds=settings.max_seconds,
+        retry=Retry(patience_s=settings.stage_patience_s),
         checkpoint_every_steps=settings.checkpoint_every_steps,
     )
 

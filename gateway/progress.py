@@ -164,8 +164,9 @@ class ProgressReport:
         self._events.put_nowait(event)
 
     async def _write(self) -> None:
-        """Writes events in order; how far it has come is written when no event waits."""
+        """Writes events in order; how far it has come is written when no event waits, and at the end."""
         while (event := await self._events.get()) is not None:
             await self._write_event(event)
             if self._events.empty():
                 await self._write_progress(self.message())
+        await self._write_progress(self.message())

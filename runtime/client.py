@@ -71,13 +71,16 @@ class Retry:
 
     Attributes:
         attempts: in all, the first included.
+        patience_s: how long after the first attempt another may begin; a stage that is started again loads its
+            weights meanwhile.
         first_wait_s, longest_wait_s: the wait doubles from one to the other, with jitter; a stage that says when to
             come back is believed up to the longest wait.
     """
 
-    attempts: int = 8
+    attempts: int = 1000
+    patience_s: float = 120.0
     first_wait_s: float = 0.25
-    longest_wait_s: float = 8.0
+    longest_wait_s: float = 4.0
 
     def wait_s(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt."""
@@ -113,7 +116,7 @@ async def retrying(
 
     policy = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(NotReady),
-        stop=tenacity.stop_after_attempt(retry.attempts),
+        stop=tenacity.stop_after_attempt(retry.attempts) | tenacity.stop_before_delay(retry.patience_s),
         wait=retry.wait_s,
         before_sleep=waiting,
         reraise=True,
@@ -404,16 +407,17 @@ class StageCall(Generic[Stub]):
             raise StageBroken(f"the {self.stage} stage answered badly: {error.message}", stage=self.stage) from error
         except grpc.aio.AioRpcError as error:
             actual = await ending.actual(error)
+            if actual.code() is grpc.StatusCode.CANCELLED:
+                # nobody here took it back: a stage, or something on the way to it, that is going away
+                text = f"the {self.stage} stage ended the call: {actual.details()}"
+                raise NotReady(text, reason=_ENDED, stage=self.stage) from None
             if actual.code() is not grpc.StatusCode.OK:
                 raise actual from None
         except asyncio.CancelledError:
-            # grpc.aio raises this as well when it is the stage, or `_write`, that took the call back
-            if _is_cancelled():
-                raise
-            if failures:
+            # raised as well when it is `_write` that took the call back
+            if failures and not _is_cancelled():
                 raise failures[0] from None
-            text = f"the {self.stage} stage ended the call"
-            raise NotReady(text, reason=_ENDED, stage=self.stage) from None
+            raise
         finally:
             call.cancel()
 
