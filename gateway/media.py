@@ -155,40 +155,19 @@ def probe_video(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> 
                 break
         if first is None:
             raise InvalidRequest((field, "is a video without frames"))
-        height, width, _ = _upright(first).shape
+        lies = round(first.rotation / 90) % 2 == 1  # telephones film lying and say so in the file
         info = VideoInfo(
             num_frames=stream.frames or packets,
             frames_per_second=_frames_per_second(stream, field, limits),
-            height=height,
-            width=width,
+            height=first.width if lies else first.height,
+            width=first.height if lies else first.width,
         )
     if info.num_frames > limits.max_video_frames:
-        raise InvalidRequest((field, f"must have at most {limits.max_video_frames} frames, has {info.num_frames}"))
+        raise InvalidRequest((field, f"must have at most {limits.max_video_frames} frames"))
     if info.duration_s > limits.max_video_seconds:
         text = f"must last at most {limits.max_video_seconds:g} seconds, lasts {info.duration_s:.1f}"
         raise InvalidRequest((field, text))
     return info
-
-
-def read_frames(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> Iterator[Frame]:
-    """The frames of a video one by one, each uint8 [height, width, 3], turned as it is shown.
-
-    Args:
-        field: the field of the request that names the video.
-
-    Raises:
-        InvalidRequest: as `probe_video`, or it is damaged further on, or changes its size.
-    """
-    with _open_video(path, field, limits) as (container, stream):
-        stream.thread_type = "AUTO"
-        size: tuple[int, int] | None = None
-        for count, frame in enumerate(container.decode(stream), start=1):
-            if count > limits.max_video_frames:
-                raise InvalidRequest((field, f"must have at most {limits.max_video_frames} frames"))
-            if size not in (None, (frame.height, frame.width)):
-                raise InvalidRequest((field, f"changes its size at frame {count}"))
-            size = (frame.height, frame.width)
-            yield _upright(frame)
 
 
 def read_metadata(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> dict[str, object]:
@@ -238,7 +217,7 @@ class VideoWriter:
         title: str = "",
         settings: Mapping[str, object] | None = None,
     ) -> None:
-        if height % 2 or width % 2 or height < 2 or width < 2:
+        if height % 2 or width % 2 or 0 in (height, width):
             raise ValueError(f"height and width must be even, got {height}x{width}")
         self._path, self._shape = path, (height, width, 3)
         self._partial = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -266,8 +245,7 @@ class VideoWriter:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709.value, dst_color_range=ColorRange.MPEG.value
             )
-            # duration: without it the last frame, and so a video of one frame, would last no time
-            frame.pts, frame.duration, frame.time_base = self._num_frames, 1, self._frame_duration_s
+            frame.pts, frame.time_base = self._num_frames, self._frame_duration_s
             self._num_frames += 1
             with full_disk_is_not_ready():
                 self._container.mux(self._stream.encode(frame))
@@ -319,7 +297,8 @@ def _open_video(path: Path, field: str, limits: MediaLimits) -> Iterator[tuple[I
         kind = media_type(file.read(HEAD_BYTES))
     if kind not in _DEMUXERS:
         raise InvalidRequest((field, f"is not an MP4, QuickTime, WebM or Matroska video but {kind}"))
-    # Also keeps decoders from larger pictures further on. Twice: they count the rows and columns that are not shown.
+    # Keeps decoders from allocating more while FFmpeg looks into the file. Twice: they count rows and columns that are
+    # not shown.
     decoder_options = {"max_pixels": str(2 * limits.max_video_pixels)}
     try:
         with av.open(
@@ -341,11 +320,6 @@ def _frames_per_second(stream: VideoStream, field: str, limits: MediaLimits) -> 
         text = f"must have at most {limits.max_frames_per_second} frames per second, has {rate or 'no frame rate'}"
         raise InvalidRequest((field, text))
     return rate
-
-
-def _upright(frame: av.VideoFrame) -> Frame:
-    pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))  # both count anticlockwise
 
 
 def _require_size(path: Path, max_bytes: int, field: str) -> None:

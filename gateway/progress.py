@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,9 @@ _WEIGHTS = {
     "denoise": 80.0,
     "decode": 12.0,
 }
+
+# Events of so short a time are written together
+_COLLECTING_S = 0.05
 
 
 class Report(Protocol):
@@ -60,25 +63,24 @@ class _StageState:
 
 
 class ProgressReport:
-    """Collects reports and writes them with `write_event` and `write_progress`; use `async with`.
+    """Collects reports and passes them on; use `async with`.
 
     Args:
-        write_event: stores an event.
-        write_progress: stores how far the generation has come.
+        write: stores the events that have come since it was called last, and how far the generation has come.
         interval_s: of events of one stage.
     """
 
     def __init__(
         self,
-        write_event: Callable[[pb.WatchGenerationResponse], Awaitable[object]],
-        write_progress: Callable[[pb.GenerationProgress], Awaitable[object]],
+        write: Callable[[list[pb.WatchGenerationResponse], pb.GenerationProgress], Awaitable[None]],
         *,
         interval_s: float = 0.25,
     ) -> None:
-        self._write_event, self._write_progress, self._interval_s = write_event, write_progress, interval_s
+        self._write_reports, self._interval_s = write, interval_s
         self._stages: dict[str, _StageState] = {}
         self._begun = time.monotonic()
-        self._events: asyncio.Queue[pb.WatchGenerationResponse | None] = asyncio.Queue()
+        self._events: asyncio.Queue[pb.WatchGenerationResponse] = asyncio.Queue()
+        self._news, self._ending = asyncio.Event(), asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> ProgressReport:
@@ -88,7 +90,8 @@ class ProgressReport:
     async def __aexit__(self, *error: object) -> None:
         """Writes what is left."""
         assert self._writer is not None
-        self._events.put_nowait(None)
+        self._ending.set()
+        self._news.set()
         await self._writer
 
     @contextmanager
@@ -121,12 +124,12 @@ class ProgressReport:
     def preview(self, frames: npt.NDArray[np.uint8], completed_steps: int) -> None:
         """A look at the video: its middle frame goes out as JPEG."""
         picture = pb.Preview(jpeg=jpeg(frames[len(frames) // 2]), completed_steps=completed_steps)
-        self._events.put_nowait(pb.WatchGenerationResponse(preview=picture))
+        self._tell(pb.WatchGenerationResponse(preview=picture))
 
     def partial(self, completed_frames: int, total_frames: int) -> None:
         """The first frames of the video are finished."""
         partial = pb.PartialVideo(completed_frames=completed_frames, total_frames=total_frames)
-        self._events.put_nowait(pb.WatchGenerationResponse(partial=partial))
+        self._tell(pb.WatchGenerationResponse(partial=partial))
 
     def message(self) -> pb.GenerationProgress:
         """How far the generation has come, and an estimate of what is left."""
@@ -161,12 +164,18 @@ class ProgressReport:
         state.message.seconds = state.seconds_before + now - state.begun
         event = pb.WatchGenerationResponse()
         event.progress.CopyFrom(state.message)
-        self._events.put_nowait(event)
+        self._tell(event)
 
     async def _write(self) -> None:
-        """Writes events in order; how far it has come is written when no event waits, and at the end."""
-        while (event := await self._events.get()) is not None:
-            await self._write_event(event)
-            if self._events.empty():
-                await self._write_progress(self.message())
-        await self._write_progress(self.message())
+        """Writes events in order, those of a moment together: each write waits for the disk."""
+        while not (self._ending.is_set() and self._events.empty()):
+            await self._news.wait()
+            self._news.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), _COLLECTING_S)
+            waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
+            await self._write_reports(waiting, self.message())
+
+    def _tell(self, event: pb.WatchGenerationResponse) -> None:
+        self._events.put_nowait(event)
+        self._news.set()

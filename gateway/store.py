@@ -15,7 +15,7 @@ import re
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -46,7 +46,7 @@ _METADATA = sa.MetaData()
 _GENERATIONS = sa.Table(
     "generations",
     _METADATA,
-    # The order of creation, which page tokens hold too; never given twice.
+    # The order of creation, which page tokens hold too.
     sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
     sa.Column("id", sa.String(32), nullable=False, unique=True),
     sa.Column("request_id", sa.String(64), unique=True),
@@ -66,7 +66,6 @@ _GENERATIONS = sa.Table(
     sa.Column("end_time_us", sa.BigInteger),
     sa.Column("last_sequence", sa.BigInteger, nullable=False),
     sa.Index("generations_queue", "state", "priority", "number"),
-    sqlite_autoincrement=True,
 )
 
 _EVENTS = sa.Table(
@@ -218,18 +217,27 @@ class JobStore:
             Busy: too many generations wait.
         """
         async with _transaction(self._writer) as connection:
-            if request.request_id:
-                earlier = await _first(connection, _COLUMN.request_id == request.request_id)
-                if earlier is not None and earlier.request_digest != request_digest:
-                    raise Conflict(f"request_id {request.request_id} was used for another request")
-                if earlier is not None:
-                    return _job(earlier)
+            earlier = await _requested(connection, request.request_id, request_digest)
+            if earlier is not None:
+                return earlier
             waiting = await connection.scalar(sa.select(sa.func.count()).where(_COLUMN.state == QUEUED))
             if waiting is not None and waiting >= self._max_queued:
                 raise Busy(f"{waiting} generations are waiting, more are not taken on", retry_after_s=30)
             job = await _insert(connection, request, request_digest, trace_parent)
         self._signals.notify(_WORK)
         return job
+
+    @_to_its_end
+    async def find(self, request_id: str, request_digest: str) -> Job | None:
+        """The generation that an earlier call with this request_id made; None where there is none, or no request_id.
+
+        Asked before a repeated call is looked into, it is answered even when the files that it names are gone.
+
+        Raises:
+            Conflict: the request_id was used with another digest.
+        """
+        async with _transaction(self._reader) as connection:
+            return await _requested(connection, request_id, request_digest)
 
     @_to_its_end
     async def get(self, job_id: str) -> Job:
@@ -328,7 +336,7 @@ class JobStore:
         async with _transaction(self._reader) as connection:
             return await _events(connection, job_id, sequence)
 
-    async def watch(self, job_id: str, after_sequence: int = 0) -> AsyncGenerator[pb.WatchGenerationResponse]:
+    async def watch(self, job_id: str, after_sequence: int) -> AsyncGenerator[pb.WatchGenerationResponse]:
         """Events of a generation after a sequence number: those that were, then new ones, until it ends.
 
         Raises:
@@ -420,9 +428,29 @@ class JobStore:
             sequence: int | None = await connection.scalar(counted.returning(_COLUMN.last_sequence))
             if sequence is None:
                 raise _claim_over(job)
-            await _insert_event(connection, job.id, sequence, event)
+            await _insert_events(connection, job.id, sequence, [event])
         self._signals.notify(_events_of(job.id))
         return sequence
+
+    @_to_its_end
+    async def report(
+        self, job: Job, events: Sequence[pb.WatchGenerationResponse], progress: pb.GenerationProgress
+    ) -> None:
+        """Adds events and stores how far a job has come, in one transaction: one wait for the disk for all of them.
+
+        Raises:
+            WrongState: the claim is over.
+        """
+        counted = sa.update(_GENERATIONS).where(_claim(job))
+        counted = counted.values(
+            last_sequence=_COLUMN.last_sequence + len(events), progress=progress.SerializeToString()
+        )
+        async with _transaction(self._writer) as connection:
+            last: int | None = await connection.scalar(counted.returning(_COLUMN.last_sequence))
+            if last is None:
+                raise _claim_over(job)
+            await _insert_events(connection, job.id, last - len(events) + 1, events)
+        self._signals.notify(_events_of(job.id))
 
     @_to_its_end
     async def update_progress(self, job: Job, progress: pb.GenerationProgress) -> None:
@@ -465,7 +493,7 @@ class JobStore:
         return jobs[0]
 
     @_to_its_end
-    async def requeue_running(self, max_attempts: int = 5) -> list[Job]:
+    async def requeue_running(self, max_attempts: int = 10) -> list[Job]:
         """Takes back what was running when the gateway died; to be called at its start, before any claim.
 
         What was to be cancelled is CANCELLED. What has been begun `max_attempts` times is FAILED, as it may be the
@@ -538,6 +566,13 @@ async def _existing(connection: AsyncConnection, job_id: str) -> Job:
     return _job(row)
 
 
+async def _requested(connection: AsyncConnection, request_id: str, request_digest: str) -> Job | None:
+    row = await _first(connection, _COLUMN.request_id == request_id) if request_id else None
+    if row is not None and row.request_digest != request_digest:
+        raise Conflict(f"request_id {request_id} was used for another request")
+    return None if row is None else _job(row)
+
+
 def _not_found(job_id: str) -> NotFound:
     return NotFound(f"there is no generations/{job_id}")
 
@@ -570,7 +605,7 @@ async def _insert(
         "last_sequence": 1,
     }
     job = _job((await connection.execute(sa.insert(_GENERATIONS).values(values).returning(_GENERATIONS))).one())
-    await _insert_event(connection, job.id, 1, pb.WatchGenerationResponse(generation=job.to_proto()))
+    await _insert_events(connection, job.id, 1, [pb.WatchGenerationResponse(generation=job.to_proto())])
     return job
 
 
@@ -581,20 +616,23 @@ async def _change(connection: AsyncConnection, condition: sa.ColumnElement[bool]
     for row in (await connection.execute(update.returning(_GENERATIONS))).all():
         job = _job(row)
         event = pb.WatchGenerationResponse(generation=job.to_proto())
-        await _insert_event(connection, job.id, row.last_sequence, event)
+        await _insert_events(connection, job.id, row.last_sequence, [event])
         jobs.append(job)
     return jobs
 
 
-async def _insert_event(
-    connection: AsyncConnection, job_id: str, sequence: int, event: pb.WatchGenerationResponse
+async def _insert_events(
+    connection: AsyncConnection, job_id: str, first_sequence: int, events: Sequence[pb.WatchGenerationResponse]
 ) -> None:
-    stored = pb.WatchGenerationResponse()
-    stored.CopyFrom(event)
-    stored.sequence = sequence
-    stored.time.FromMicroseconds(_now_us())
-    values = {"generation_id": job_id, "sequence": sequence, "event": stored.SerializeToString()}
-    await connection.execute(sa.insert(_EVENTS).values(values))
+    rows = []
+    for sequence, event in enumerate(events, start=first_sequence):
+        stored = pb.WatchGenerationResponse()
+        stored.CopyFrom(event)
+        stored.sequence = sequence
+        stored.time.FromMicroseconds(_now_us())
+        rows.append({"generation_id": job_id, "sequence": sequence, "event": stored.SerializeToString()})
+    if rows:
+        await connection.execute(sa.insert(_EVENTS), rows)
 
 
 def _claim(job: Job) -> sa.ColumnElement[bool]:

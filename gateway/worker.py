@@ -139,10 +139,7 @@ class Worker:
         if request.WhichOneof("task") != "animate":
             raise NotThereYet(f"{request.WhichOneof('task')} is not there yet")
         budget = Budget.of(self._seconds_left(job))
-        report = ProgressReport(
-            lambda event: self._store.append_event(job, event),
-            lambda progress: self._store.update_progress(job, progress),
-        )
+        report = ProgressReport(lambda events, progress: self._store.report(job, events, progress))
         with tempfile.TemporaryDirectory(prefix="bunraku-") as directory:
             path = Path(directory) / "video.mp4"
             async with report:
