@@ -26,7 +26,8 @@ import numpy as np
 from bunraku.client import Client
 from bunraku.errors import NotReady
 from bunraku.v1 import gateway_pb2 as pb
-from gateway.media import VideoWriter, probe_video, read_image
+from gateway.media import VideoWriter, read_image
+from runtime.video import probe_video
 from tests.gateway.fake_stages import FakeStages, serving
 from tests.system.media import write_picture, write_pose_video
 

@@ -18,7 +18,6 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bunraku.v1 import gateway_pb2_grpc
 from gateway.assets import AssetStore
-from gateway.media import MediaLimits
 from gateway.requests import ModelSpec
 from gateway.service import GatewayService
 from gateway.stages import connect
@@ -78,10 +77,9 @@ async def serve(settings: GatewaySettings) -> None:
     await store.open()
     for job in await store.requeue_running():
         _log.info("%s was being worked on when the gateway stopped", job.name)
-    limits = MediaLimits()
-    worker = Worker(store, assets, stages, {bundle.name: bundle}, _worker_settings(settings), limits)
+    worker = Worker(store, assets, stages, {bundle.name: bundle}, _worker_settings(settings))
     server = build_server()
-    service = GatewayService(store, assets, stages, models, limits, int(settings.max_seconds))
+    service = GatewayService(store, assets, stages, models, int(settings.max_seconds))
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)

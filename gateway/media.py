@@ -10,8 +10,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,58 +20,28 @@ from typing import Self
 import av
 import numpy as np
 import numpy.typing as npt
-from av.container import InputContainer
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bunraku.errors import InvalidRequest
 from bunraku.v1 import gateway_pb2 as pb
-from gateway.assets import HEAD_BYTES, full_disk_is_not_ready, media_type
+from gateway.assets import full_disk_is_not_ready
+from runtime.video import open_video
 
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# The demuxer is chosen by what the content is. Left to itself FFmpeg would also take playlists, which name other files.
-_DEMUXERS = {"video/mp4": "mov", "video/quicktime": "mov", "video/webm": "matroska", "video/matroska": "matroska"}
 
 
 @dataclass(frozen=True)
-class MediaLimits:
+class ImageLimits:
     """What is still read."""
 
-    max_image_bytes: int = 64 << 20
-    max_image_pixels: int = 50_000_000  # the cameras of telephones have 48 million
-    max_video_bytes: int = 2 << 30
-    max_video_pixels: int = 4096 * 2304  # of a frame
-    max_video_frames: int = 20_000
-    max_video_seconds: float = 600
-    max_frames_per_second: int = 240
+    max_bytes: int = 64 << 20
+    max_pixels: int = 50_000_000  # the cameras of telephones have 48 million
 
 
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video is, as it is shown: a turned telephone's video has its height and width turned.
-
-    Attributes:
-        num_frames: as the container tells; decoding may give fewer where the file is damaged.
-        frames_per_second: average.
-        height: in pixels.
-        width: in pixels.
-        duration_s: num_frames / frames_per_second.
-    """
-
-    num_frames: int
-    frames_per_second: Fraction
-    height: int
-    width: int
-
-    @property
-    def duration_s(self) -> float:
-        return float(self.num_frames / self.frames_per_second)
-
-
-def read_image(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> Frame:
+def read_image(path: Path, field: str, limits: ImageLimits = ImageLimits()) -> Frame:
     """A picture, PNG, JPEG or WebP, turned as its EXIF data say; of an animated one the first frame.
 
     What is transparent becomes white: that is what a cut-out picture is looked at on, and dark hair and outlines stay
@@ -87,10 +56,10 @@ def read_image(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> F
     Raises:
         InvalidRequest: it is empty, damaged, of another kind or over a limit.
     """
-    _require_size(path, limits.max_image_bytes, field)
+    _require_size(path, limits.max_bytes, field)
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            _require_pixels(image.height, image.width, limits.max_image_pixels, field)
+            _require_pixels(image.height, image.width, limits.max_pixels, field)
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
     except InvalidRequest:
@@ -98,7 +67,7 @@ def read_image(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> F
     except UnidentifiedImageError as error:
         raise InvalidRequest((field, "is not a PNG, JPEG or WebP picture")) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InvalidRequest((field, f"has more than {limits.max_image_pixels} pixels")) from error
+        raise InvalidRequest((field, f"has more than {limits.max_pixels} pixels")) from error
     except Exception as error:  # Pillow's decoders raise whatever they stumble on
         raise InvalidRequest((field, f"is a damaged picture: {error}")) from error
 
@@ -136,47 +105,13 @@ def jpeg(frame: Frame, quality: int = 85) -> bytes:
     return file.getvalue()
 
 
-def probe_video(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> VideoInfo:
-    """What a video is, MP4, QuickTime, WebM or Matroska; its first frame is decoded to see that it can be.
-
-    Args:
-        field: the field of the request that names the video.
-
-    Raises:
-        InvalidRequest: it is empty, damaged, of another kind, has no video stream or is over a limit.
-    """
-    with _open_video(path, field, limits) as (container, stream):
-        packets, first = 0, None
-        for packet in container.demux(stream):
-            packets += packet.size > 0  # the last packet is empty: it makes the decoder give up what it holds
-            if first is None:
-                first = next(iter(packet.decode()), None)
-            if packets > limits.max_video_frames or (first is not None and stream.frames):
-                break
-        if first is None:
-            raise InvalidRequest((field, "is a video without frames"))
-        lies = round(first.rotation / 90) % 2 == 1  # telephones film lying and say so in the file
-        info = VideoInfo(
-            num_frames=stream.frames or packets,
-            frames_per_second=_frames_per_second(stream, field, limits),
-            height=first.width if lies else first.height,
-            width=first.height if lies else first.width,
-        )
-    if info.num_frames > limits.max_video_frames:
-        raise InvalidRequest((field, f"must have at most {limits.max_video_frames} frames"))
-    if info.duration_s > limits.max_video_seconds:
-        text = f"must last at most {limits.max_video_seconds:g} seconds, lasts {info.duration_s:.1f}"
-        raise InvalidRequest((field, text))
-    return info
-
-
-def read_metadata(path: Path, field: str, limits: MediaLimits = MediaLimits()) -> dict[str, object]:
+def read_metadata(path: Path, field: str) -> dict[str, object]:
     """The settings that VideoWriter wrote into a video; empty where there are none.
 
     Raises:
         InvalidRequest: it is not a video that can be read.
     """
-    with _open_video(path, field, limits) as (container, _):
+    with open_video(path, field) as (container, _):
         comment = container.metadata.get("comment", "")
     try:
         settings = json.loads(comment)
@@ -288,38 +223,6 @@ class VideoWriter:
             self.close()
         else:
             self.abort()
-
-
-@contextmanager
-def _open_video(path: Path, field: str, limits: MediaLimits) -> Iterator[tuple[InputContainer, VideoStream]]:
-    _require_size(path, limits.max_video_bytes, field)
-    with path.open("rb") as file:
-        kind = media_type(file.read(HEAD_BYTES))
-    if kind not in _DEMUXERS:
-        raise InvalidRequest((field, f"is not an MP4, QuickTime, WebM or Matroska video but {kind}"))
-    # Keeps decoders from allocating more while FFmpeg looks into the file. Twice: they count rows and columns that are
-    # not shown.
-    decoder_options = {"max_pixels": str(2 * limits.max_video_pixels)}
-    try:
-        with av.open(
-            path, "r", format=_DEMUXERS[kind], options=decoder_options, metadata_errors="replace"
-        ) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream):
-                raise InvalidRequest((field, "has no video stream"))
-            _require_pixels(stream.height, stream.width, limits.max_video_pixels, field)
-            stream.codec_context.options = decoder_options
-            yield container, stream
-    except av.FFmpegError as error:
-        raise InvalidRequest((field, f"is a damaged video: {error.strerror}")) from error
-
-
-def _frames_per_second(stream: VideoStream, field: str, limits: MediaLimits) -> Fraction:
-    rate = stream.average_rate or stream.guessed_rate
-    if not rate or not 0 < rate <= limits.max_frames_per_second:
-        text = f"must have at most {limits.max_frames_per_second} frames per second, has {rate or 'no frame rate'}"
-        raise InvalidRequest((field, text))
-    return rate
 
 
 def _require_size(path: Path, max_bytes: int, field: str) -> None:

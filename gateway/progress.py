@@ -72,7 +72,7 @@ class ProgressReport:
 
     def __init__(
         self,
-        write: Callable[[list[pb.WatchGenerationResponse], pb.GenerationProgress], Awaitable[None]],
+        write: Callable[[list[pb.WatchGenerationResponse], pb.GenerationProgress], Awaitable[object]],
         *,
         interval_s: float = 0.25,
     ) -> None:

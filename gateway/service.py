@@ -15,13 +15,14 @@ from bunraku.errors import BunrakuError, InvalidRequest, NotFound
 from bunraku.v1 import gateway_pb2 as pb
 from bunraku.v1 import gateway_pb2_grpc
 from gateway.assets import AssetStore, asset_id
-from gateway.media import MediaLimits, probe_video, read_image
+from gateway.media import read_image
 from gateway.requests import ModelSpec, checked, named_assets, planned, request_digest
 from gateway.stages import Stages
 from gateway.store import JobStore, generation_id
 from runtime import telemetry
 from runtime.client import Endpoint, stage_status
 from runtime.stage import program_version
+from runtime.video import probe_video
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -37,11 +38,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         assets: AssetStore,
         stages: Stages,
         models: Sequence[ModelSpec],
-        limits: MediaLimits,
         max_seconds: int,
     ) -> None:
         self._store, self._assets, self._stages, self._models = store, assets, stages, models
-        self._limits, self._max_seconds = limits, max_seconds
+        self._max_seconds = max_seconds
         self._start = datetime.now(UTC)
 
     # Assets
@@ -78,11 +78,13 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     async def CreateGeneration(
         self, request: pb.CreateGenerationRequest, context: Context
     ) -> pb.CreateGenerationResponse:
+        digest = request_digest(request)
+        earlier = await self._store.find(request.request_id, digest)
+        if earlier is not None:
+            return pb.CreateGenerationResponse(generation=earlier.to_proto())
         complete = checked(request, self._models, max_timeout_seconds=self._max_seconds)
         complete = await self._with_what_files_tell(complete)
-        job = await self._store.create(
-            complete, request_digest=request_digest(request), trace_parent=telemetry.trace_parent()
-        )
+        job = await self._store.create(complete, request_digest=digest, trace_parent=telemetry.trace_parent())
         return pb.CreateGenerationResponse(generation=job.to_proto())
 
     async def GetGeneration(self, request: pb.GetGenerationRequest, context: Context) -> pb.GetGenerationResponse:
@@ -139,9 +141,9 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """The request with size, number of frames and frame rate; files that cannot be read are refused here."""
         paths = await self._asset_paths(request)
         field = "animate.reference_image"
-        height, width, _ = (await asyncio.to_thread(read_image, paths[field], field, self._limits)).shape
+        height, width, _ = (await asyncio.to_thread(read_image, paths[field], field)).shape
         field = f"animate.{request.animate.WhichOneof('motion')}"
-        source = await asyncio.to_thread(probe_video, paths[field], field, self._limits)
+        source = await asyncio.to_thread(probe_video, paths[field], field)
         model = next(model for model in self._models if model.name == request.model)
         return planned(
             request,

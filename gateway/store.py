@@ -168,7 +168,7 @@ def _to_its_end(
 class JobStore:
     """Generations in an SQLite file, which several processes may have open.
 
-    Methods that a worker calls (`append_event`, `update_progress`, `finish`) take the job that `claim_next` gave it and
+    Methods that a worker calls (`report`, `finish`) take the job that `claim_next` gave it and
     raise WrongState once that claim is over.
 
     Args:
@@ -414,29 +414,15 @@ class JobStore:
             return await connection.scalar(query) is None
 
     @_to_its_end
-    async def append_event(self, job: Job, event: pb.WatchGenerationResponse) -> int:
-        """Adds an event; its sequence and time are set here.
-
-        Returns:
-            its sequence number.
-
-        Raises:
-            WrongState: the claim is over.
-        """
-        counted = sa.update(_GENERATIONS).where(_claim(job)).values(last_sequence=_COLUMN.last_sequence + 1)
-        async with _transaction(self._writer) as connection:
-            sequence: int | None = await connection.scalar(counted.returning(_COLUMN.last_sequence))
-            if sequence is None:
-                raise _claim_over(job)
-            await _insert_events(connection, job.id, sequence, [event])
-        self._signals.notify(_events_of(job.id))
-        return sequence
-
-    @_to_its_end
     async def report(
         self, job: Job, events: Sequence[pb.WatchGenerationResponse], progress: pb.GenerationProgress
-    ) -> None:
+    ) -> int:
         """Adds events and stores how far a job has come, in one transaction: one wait for the disk for all of them.
+
+        The events' sequence and time are set here.
+
+        Returns:
+            the sequence number of the last event.
 
         Raises:
             WrongState: the claim is over.
@@ -451,18 +437,7 @@ class JobStore:
                 raise _claim_over(job)
             await _insert_events(connection, job.id, last - len(events) + 1, events)
         self._signals.notify(_events_of(job.id))
-
-    @_to_its_end
-    async def update_progress(self, job: Job, progress: pb.GenerationProgress) -> None:
-        """Stores how far a job has come.
-
-        Raises:
-            WrongState: the claim is over.
-        """
-        update = sa.update(_GENERATIONS).where(_claim(job)).values(progress=progress.SerializeToString())
-        async with _transaction(self._writer) as connection:
-            if await connection.scalar(update.returning(_COLUMN.id)) is None:
-                raise _claim_over(job)
+        return last
 
     @_to_its_end
     async def finish(self, job: Job, *, video: pb.Asset | None = None, error: pb.GenerationError | None = None) -> Job:

@@ -9,11 +9,11 @@ import asyncio
 import logging
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,17 +31,19 @@ from bunraku.errors import (
 from bunraku.v1 import denoiser_pb2
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.assets import AssetStore, asset_id
-from gateway.media import MediaLimits, VideoWriter, fit_image, frame_rate, read_image
+from gateway.media import VideoWriter, fit_image, frame_rate, read_image
 from gateway.pipelines.animate import Animation, Motion, animate
 from gateway.progress import ProgressReport
 from gateway.stages import DEFAULT_RETRY, Stages, Work
 from gateway.store import Job, JobStore
 from runtime import telemetry
 from runtime.bundles import Bundle
-from runtime.client import Budget, Retry
+from runtime.client import Budget, Retry, retrying
 from runtime.server import as_bunraku_error
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_PATIENCE_S = 300.0
 _SOLVERS = {
     "unipc": denoiser_pb2.Solver.SOLVER_UNIPC,
     "dpm++": denoiser_pb2.Solver.SOLVER_DPMPP,
@@ -76,10 +78,9 @@ class Worker:
         stages: Stages,
         bundles: Mapping[str, Bundle],
         settings: WorkerSettings,
-        limits: MediaLimits,
     ) -> None:
         self._store, self._assets, self._stages = store, assets, stages
-        self._bundles, self._settings, self._limits = bundles, settings, limits
+        self._bundles, self._settings = bundles, settings
 
     async def run(self) -> None:
         """Works on up to `max_running` generations at a time, for ever."""
@@ -105,9 +106,10 @@ class Worker:
             try:
                 video = await self._run_or_stop(job)
             except BunrakuError as error:
-                await self._store.finish(job, error=None if isinstance(error, Cancelled) else generation_error(error))
+                told = None if isinstance(error, Cancelled) else generation_error(error)
+                await stored(lambda: self._store.finish(job, error=told))
             else:
-                ended = await self._store.finish(job, video=video)
+                ended = await stored(lambda: self._store.finish(job, video=video))
                 if ended.state != pb.GENERATION_STATE_SUCCEEDED:
                     await self._assets.delete(video.sha256)
 
@@ -139,7 +141,7 @@ class Worker:
         if request.WhichOneof("task") != "animate":
             raise NotThereYet(f"{request.WhichOneof('task')} is not there yet")
         budget = Budget.of(self._seconds_left(job))
-        report = ProgressReport(lambda events, progress: self._store.report(job, events, progress))
+        report = ProgressReport(lambda events, progress: stored(lambda: self._store.report(job, events, progress)))
         with tempfile.TemporaryDirectory(prefix="bunraku-") as directory:
             path = Path(directory) / "video.mp4"
             async with report:
@@ -165,7 +167,7 @@ class Worker:
         """Reads the assets of an animation and brings the reference to the size of the video."""
         task, output, bundle = request.animate, request.output, self._bundles[request.model]
         path = await self._assets.path(asset_id(task.reference_image, "animate.reference_image"))
-        picture = await asyncio.to_thread(read_image, path, "animate.reference_image", self._limits)
+        picture = await asyncio.to_thread(read_image, path, "animate.reference_image")
         reference = await asyncio.to_thread(fit_image, picture, output.height, output.width, output.size_mode)
         pose_path = await self._assets.path(asset_id(task.pose_video, "animate.pose_video"))
         quirks = bundle.presets[task.preset]
@@ -251,6 +253,11 @@ class Output:
             "num_frames": self._num_frames,
             "frames_per_second": self._request.output.frames_per_second,
         }
+
+
+async def stored(write: Callable[[], Awaitable[T]]) -> T:
+    """Writes to the database, again and again while it is locked or full: what was computed is not given up for that."""
+    return await retrying(lambda attempt: write(), Budget.of(_PATIENCE_S), Retry(patience_s=_PATIENCE_S))
 
 
 def generation_error(error: BunrakuError) -> pb.GenerationError:

@@ -12,7 +12,6 @@ import os
 import socket
 import time
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Awaitable,
@@ -21,7 +20,7 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -63,6 +62,8 @@ _REST_AFTER_FAILURE_S = 1.0
 _WRITE_FAILED = "Internal error from Core"
 _STATUS_ARRIVES_S = 1.0
 _ENDED = "STAGE_ENDED_CALL"
+# What writing to a call raises that the stage has ended
+_ENDED_BY_STAGE = (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ async def retrying(
                 with trial:
                     return await attempt(trial.retry_state.attempt_number)
     except NotReady as error:
+        if not error.stage:
+            raise
         text = f"the {error.stage} stage is not available: {error.message}"
         raise NotReady(text, reason="STAGE_UNAVAILABLE", stage=error.stage, retry_after_s=5.0) from error
     except TimeoutError:
@@ -434,30 +437,27 @@ class StageCall(Generic[Stub]):
         failures: list[Exception],
     ) -> None:
         try:
-            async with aclosing(self._messages(parameters, tensors)) as messages:
-                async for message in messages:
-                    if not await _written(call.write(message)):
-                        return
-            await _written(call.done_writing())
+            listening = await _written(call, [parameters])
+            async for tensor in _as_they_come(tensors):
+                if not listening:
+                    return
+                messages = send_tensors(type(parameters), [tensor], chunk_bytes=self.chunk_bytes, shared=self.sharing)
+                listening = await _written(call, messages)
+            if listening:
+                with suppress(*_ENDED_BY_STAGE):
+                    await call.done_writing()
         except Exception as error:
             failures.append(error)
             call.cancel()
 
-    async def _messages(
-        self, parameters: Message, tensors: Iterable[WireTensor] | AsyncIterable[WireTensor]
-    ) -> AsyncGenerator[Any, None]:
-        yield parameters
-        async for tensor in _as_they_come(tensors):
-            for message in send_tensors(type(parameters), [tensor], chunk_bytes=self.chunk_bytes, shared=self.sharing):
-                yield message
 
-
-async def _written(writing: Awaitable[None]) -> bool:
+async def _written(call: Any, messages: Iterable[Any]) -> bool:
     """Whether the stage still listens; if not, whoever reads its answers is told why."""
-    try:
-        await writing
-    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-        return False
+    for message in messages:
+        try:
+            await call.write(message)
+        except _ENDED_BY_STAGE:
+            return False
     return True
 
 

@@ -1,50 +1,55 @@
-"""Reading video files, bounded before anything is decoded. Needs no torch.
+"""Reading video files, bounded in bytes, pixels, frames and seconds before they are decoded. Needs no torch.
 
-A file comes as bytes (an asset that travelled as a tensor) or as a path; frames are RGB, uint8 [height, width, 3], turned
-upright.
+A file comes as bytes (an asset that travelled as a tensor) or as a path; frames are RGB, uint8 [height, width, 3],
+turned as the file says. What is wrong names the field that the file came in. Everything here computes: callers run it
+in threads.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import av.error
 import numpy as np
 import numpy.typing as npt
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from bunraku.errors import InvalidRequest
+from runtime.media_type import HEAD_BYTES, media_type
 
 Frame = npt.NDArray[np.uint8]
 Source = Path | memoryview
 
+# The demuxer is chosen by what the content is. Left to itself FFmpeg would also take playlists, which name other files.
+_DEMUXERS = {"video/mp4": "mov", "video/quicktime": "mov", "video/webm": "matroska", "video/matroska": "matroska"}
+
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What is read at most.
+    """What is still read; max_pixels is that of a frame."""
 
-    Attributes:
-        max_pixels: of a frame.
-        max_frames: frames that are looked at; a longer video is read up to here.
-    """
-
-    max_pixels: int = 4096 * 4096
-    max_frames: int = 10_000
+    max_bytes: int = 2 << 30
+    max_pixels: int = 4096 * 2304
+    max_frames: int = 20_000
+    max_seconds: float = 600
+    max_frames_per_second: int = 240
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video is.
+    """What a video is, as it is shown: a turned telephone's video has its height and width turned.
 
     Attributes:
-        num_frames: frames that can be decoded, up to the limit.
-        frames_per_second: average; exact as a fraction.
+        num_frames: as the container tells (`probe_video`), or as many as could be decoded (`read_info`).
+        frames_per_second: average.
+        height: in pixels.
+        width: in pixels.
     """
 
     num_frames: int
@@ -52,108 +57,133 @@ class VideoInfo:
     height: int
     width: int
 
+    @property
+    def duration_s(self) -> float:
+        return float(self.num_frames / self.frames_per_second)
 
-def read_info(source: Source, field: str, limits: VideoLimits = VideoLimits()) -> VideoInfo:
-    """Decodes a video once to see what it holds.
+
+def probe_video(source: Source, field: str, limits: VideoLimits = VideoLimits()) -> VideoInfo:
+    """What a video is, MP4, QuickTime, WebM or Matroska; its first frame is decoded to see that it can be.
 
     Args:
-        source: the file.
-        field: what to call it in an error.
-        limits: bounds.
+        field: the field of the request that names the video.
 
     Raises:
-        InvalidRequest: it is empty, corrupt, no video, over the limits, or changes its size.
+        InvalidRequest: it is empty, damaged, of another kind, has no video stream or is over a limit.
     """
-    count, height, width, rate = 0, 0, 0, Fraction(0)
-    with _Reader(source, field, limits) as reader:
-        rate = reader.rate
-        for frame in reader.frames():
-            count, (height, width) = count + 1, _upright_size(frame)
+    with open_video(source, field, limits) as (container, stream):
+        packets, first = 0, None
+        for packet in container.demux(stream):
+            packets += packet.size > 0  # the last packet is empty: it makes the decoder give up what it holds
+            if first is None:
+                first = next(iter(packet.decode()), None)
+            if packets > limits.max_frames or (first is not None and stream.frames):
+                break
+        if first is None:
+            raise InvalidRequest((field, "is a video without frames"))
+        height, width, _ = _upright(first).shape
+        rate = _frames_per_second(stream, field, limits)
+        info = VideoInfo(stream.frames or packets, rate, height, width)
+    if info.num_frames > limits.max_frames:
+        raise InvalidRequest((field, f"must have at most {limits.max_frames} frames, has {info.num_frames}"))
+    if info.duration_s > limits.max_seconds:
+        text = f"must last at most {limits.max_seconds:g} seconds, lasts {info.duration_s:.1f}"
+        raise InvalidRequest((field, text))
+    return info
+
+
+def read_info(source: Source, field: str, limits: VideoLimits = VideoLimits()) -> VideoInfo:
+    """What a video is, found by decoding all of it; a video longer than `limits.max_frames` is read up to there.
+
+    Raises:
+        InvalidRequest: as `probe_video`, or it is damaged further on, or changes its size.
+    """
+    with open_video(source, field, limits) as (container, stream):
+        rate = _frames_per_second(stream, field, limits)
+        count, height, width = 0, 0, 0
+        for frame in _decoded(container, stream, field, limits):
+            turned = _quarter_turns(frame) % 2
+            count, height, width = count + 1, *((frame.width, frame.height) if turned else (frame.height, frame.width))
     if count == 0:
-        raise InvalidRequest((field, "holds no frame that can be decoded"))
+        raise InvalidRequest((field, "is a video without frames"))
     return VideoInfo(count, rate, height, width)
 
 
 def read_frames(source: Source, field: str, limits: VideoLimits = VideoLimits()) -> Iterator[Frame]:
-    """The frames of a video, one at a time. Arguments and errors as in `read_info`."""
-    with _Reader(source, field, limits) as reader:
-        for frame in reader.frames():
+    """The frames of a video one by one, up to `limits.max_frames`. Raises as `read_info`."""
+    with open_video(source, field, limits) as (container, stream):
+        for frame in _decoded(container, stream, field, limits):
             yield _upright(frame)
 
 
-class _Reader:
-    """An open video file; errors of the decoder become InvalidRequest."""
+@contextmanager
+def open_video(
+    source: Source, field: str, limits: VideoLimits = VideoLimits()
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """An open video and its stream; what the decoder finds wrong inside the block becomes InvalidRequest."""
+    size = source.nbytes if isinstance(source, memoryview) else source.stat().st_size
+    if size == 0:
+        raise InvalidRequest((field, "is empty"))
+    if size > limits.max_bytes:
+        raise InvalidRequest((field, f"must have at most {limits.max_bytes} bytes, has {size}"))
+    kind = media_type(_head(source))
+    if kind not in _DEMUXERS:
+        raise InvalidRequest((field, f"is not an MP4, QuickTime, WebM or Matroska video but {kind}"))
+    # Also keeps decoders from larger pictures further on. Twice: they count the rows and columns that are not shown.
+    options = {"max_pixels": str(2 * limits.max_pixels)}
+    file = io.BytesIO(source) if isinstance(source, memoryview) else source
+    try:
+        with av.open(file, "r", format=_DEMUXERS[kind], options=options, metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream):
+                raise InvalidRequest((field, "has no video stream"))
+            _require_pixels(stream.height, stream.width, field, limits)
+            stream.codec_context.options = options
+            yield container, stream
+    except av.FFmpegError as error:
+        raise InvalidRequest((field, f"is a damaged video: {error.strerror}")) from error
 
-    def __init__(self, source: Source, field: str, limits: VideoLimits) -> None:
-        self._field, self._limits = field, limits
-        self._container: InputContainer
-        try:
-            self._container = av.open(str(source) if isinstance(source, Path) else io.BytesIO(source), mode="r")
-        except (av.error.FFmpegError, ValueError, OSError) as error:
-            raise InvalidRequest((field, f"is not a video that can be read ({_reason(error)})")) from error
 
-    def __enter__(self) -> _Reader:
-        return self
+def _decoded(
+    container: InputContainer, stream: VideoStream, field: str, limits: VideoLimits
+) -> Iterator[av.VideoFrame]:
+    stream.thread_type = "AUTO"
+    size: tuple[int, int] | None = None
+    for count, frame in enumerate(container.decode(stream)):
+        if count == limits.max_frames:
+            return
+        _require_pixels(frame.height, frame.width, field, limits)
+        if size not in (None, (frame.height, frame.width)):
+            raise InvalidRequest((field, f"changes its size at frame {count}"))
+        size = (frame.height, frame.width)
+        yield frame
 
-    def __exit__(self, *error: object) -> None:
-        self._container.close()
 
-    @property
-    def _stream(self) -> VideoStream:
-        if not self._container.streams.video:
-            raise InvalidRequest((self._field, "has no video stream"))
-        return self._container.streams.video[0]
+def _head(source: Source) -> bytes:
+    if isinstance(source, memoryview):
+        return bytes(source[:HEAD_BYTES])
+    with source.open("rb") as file:
+        return file.read(HEAD_BYTES)
 
-    @property
-    def rate(self) -> Fraction:
-        rate = self._stream.average_rate or self._stream.base_rate
-        if not rate or not 0 < rate <= 1000:
-            raise InvalidRequest((self._field, "has no usable frame rate"))
-        return Fraction(rate)
 
-    def frames(self) -> Iterator[av.VideoFrame]:
-        stream = self._stream
-        self._check_pixels(stream.codec_context.height, stream.codec_context.width)
-        stream.thread_type = "AUTO"
-        first: tuple[int, int] | None = None
-        try:
-            for count, frame in enumerate(self._container.decode(stream)):
-                if count == self._limits.max_frames:
-                    return
-                size = (frame.height, frame.width)
-                self._check_pixels(*size)
-                first = first or size
-                if size != first:
-                    raise InvalidRequest(
-                        (
-                            self._field,
-                            f"changes its size from {first[1]}x{first[0]} to {size[1]}x{size[0]} at frame {count}",
-                        )
-                    )
-                yield frame
-        except av.error.FFmpegError as error:
-            raise InvalidRequest((self._field, f"cannot be decoded ({_reason(error)})")) from error
-
-    def _check_pixels(self, height: int, width: int) -> None:
-        if height * width > self._limits.max_pixels:
-            text = f"has frames of {width}x{height}, more than {self._limits.max_pixels} pixels"
-            raise InvalidRequest((self._field, text))
+def _frames_per_second(stream: VideoStream, field: str, limits: VideoLimits) -> Fraction:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or not 0 < rate <= limits.max_frames_per_second:
+        text = f"must have at most {limits.max_frames_per_second} frames per second, has {rate or 'no frame rate'}"
+        raise InvalidRequest((field, text))
+    return rate
 
 
 def _upright(frame: av.VideoFrame) -> Frame:
-    picture = frame.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(picture, k=_quarter_turns(frame)))
-
-
-def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    size = (frame.height, frame.width)
-    return size if _quarter_turns(frame) % 2 == 0 else (size[1], size[0])
+    pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+    return np.ascontiguousarray(np.rot90(pixels, _quarter_turns(frame)))
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise turns that bring a frame upright; telephones film lying and say so in the file."""
-    return round(frame.rotation / 90) % 4
+    """Anticlockwise, as np.rot90 counts them too."""
+    return frame.rotation // 90
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+def _require_pixels(height: int, width: int, field: str, limits: VideoLimits) -> None:
+    if height * width > limits.max_pixels:
+        raise InvalidRequest((field, f"must have at most {limits.max_pixels} pixels, has {height}x{width}"))

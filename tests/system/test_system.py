@@ -13,7 +13,8 @@ import pytest
 from bunraku.client import Client
 from bunraku.errors import BunrakuError, InvalidRequest, NotThereYet
 from bunraku.v1 import gateway_pb2 as pb
-from gateway.media import probe_video, read_metadata
+from gateway.media import read_metadata
+from runtime.video import probe_video
 from tests.system.conftest import Collector, System
 from tests.system.media import read_video, write_picture, write_pose_video
 
