@@ -10,8 +10,8 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,7 +127,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                     await stack.enter_async_context(around(method, context))
                 responses = await stack.enter_async_context(aclosing(behaviour(request, context)))
                 async for response in responses:
-                    await context.write(response)
+                    with caller_may_be_gone():
+                        await context.write(response)
 
         return call
 
@@ -144,17 +145,27 @@ async def translated(method: str, context: Context) -> AsyncIterator[None]:
     """Turns what an rpc raises into a status with details; the only place where that happens."""
     try:
         yield
-    except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit, grpc.aio.BaseError):
-        # of grpc.aio itself: the caller is gone or the server has stopped, so nobody can be told anything
+    except (asyncio.CancelledError, KeyboardInterrupt, SystemExit, grpc.aio.BaseError):
+        # of grpc.aio itself: the call was aborted or the server has stopped, so nobody can be told anything
         raise
     except BaseException as error:
-        known = as_bunraku_error(error)
+        known = as_bunraku_error(error, method)
         if isinstance(known, StageBroken):
             _log.exception("%s failed", method)
         status = to_status(known)
         if status.ByteSize() > MAX_STATUS_BYTES:
             status = _shortened(status)
-        await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]  # missing in its stubs
+        with caller_may_be_gone():
+            await context.abort_with_status(rpc_status.to_status(status))  # type: ignore[attr-defined]  # not in its stubs
+
+
+@contextmanager
+def caller_may_be_gone() -> Iterator[None]:
+    """Ends a call whose caller left an instant ago as grpc.aio ends it an instant later."""
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _shortened(status: status_pb2.Status) -> status_pb2.Status:

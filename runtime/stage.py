@@ -164,7 +164,7 @@ class StageRuntime:
             self._calls[id(context)] = Sharing(self.shared_memory, peer)
         try:
             yield
-        except (asyncio.CancelledError, grpc.aio.BaseError):
+        except asyncio.CancelledError:
             if id(context) in self._calls:
                 self._calls[id(context)].ended()
             raise

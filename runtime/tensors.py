@@ -194,10 +194,11 @@ def _framing(length: int) -> bytes:
 def _read_framing(received: bytes) -> tuple[int, int]:
     """Where the payload starts, and its length; a malformed length is left for protobuf to refuse."""
     length = 0
-    for position, byte in enumerate(received[1:11]):
-        length |= (byte & 0x7F) << (7 * position)
+    for position in range(1, min(len(received), 11)):
+        byte = received[position]
+        length |= (byte & 0x7F) << (7 * position - 7)
         if byte < 0x80:
-            return position + 2, length
+            return position + 1, length
     return 0, -1
 
 
@@ -251,6 +252,7 @@ class _Incoming:
     def __init__(self, header: tensor_pb2.TensorHeader) -> None:
         self.header = header
         self.buffer = np.empty(header.size_bytes, np.uint8)
+        self._view = self.buffer.data
         self.received = 0
 
     @property
@@ -263,7 +265,7 @@ class _Incoming:
             raise InvalidRequest(
                 (self.header.name, f"has more than the {self.buffer.nbytes} bytes that its header states")
             )
-        self.buffer[self.received : end] = payload
+        self._view[self.received : end] = payload
         self.received = end
 
     def tensor(self) -> WireTensor:
