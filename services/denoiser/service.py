@@ -104,7 +104,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         wired = expects.inputs(tensors)
         digest = run_digest(plan, wired, self._bundle.revision)
         inputs = {name: to_torch(tensor).to(device) for name, tensor in wired.items()}
-        solver = _solver(plan)
+        solver = make_solver(plan.solver, plan.num_inference_steps, plan.shift)
         conditioning = animation(
             inputs["reference_latents"].float(),
             inputs["pose_latents"].float(),
@@ -390,13 +390,6 @@ def run_digest(plan: Plan, inputs: Mapping[str, WireTensor], revision: str) -> s
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
         digest.update(tensor.data.data)
     return digest.hexdigest()
-
-
-def _solver(plan: Plan) -> Solver:
-    try:
-        return make_solver(plan.solver, plan.num_inference_steps, plan.shift)
-    except ValueError as error:
-        raise InvalidRequest(("shift", str(error))) from error
 
 
 def _given(parameters: pb.DenoiseParameters, field: str, default: Any) -> Any:

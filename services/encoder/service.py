@@ -12,7 +12,7 @@ import torch
 from bunraku.errors import NotThereYet
 from bunraku.v1 import encoder_pb2 as pb
 from bunraku.v1 import encoder_pb2_grpc
-from runtime.bundles import Bundle, configuration, require_files
+from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
 from runtime.stage import StageRuntime
 from runtime.tensors import UINT8, require
@@ -39,6 +39,8 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     full_name = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 
     def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+        if bundle.quirks.image_resize not in _RESIZE_OF_BUNDLE:
+            raise BundleError(f"bundle {bundle.name}: image_resize {bundle.quirks.image_resize} is not known")
         self._runtime, self._bundle = runtime, bundle
         self._text: TextEncoder
         self._image: dict[Preprocessing, ImageEncoder] = {}
@@ -57,7 +59,8 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         component = self._bundle.component("text_encoder")
         require_files(component)
         config = configuration(component, text.PRESETS, text.TextEncoderConfig)
-        assert component.tokenizer is not None
+        if component.tokenizer is None:
+            raise BundleError(f"{component.name}: needs a tokenizer")
         self._text = load_text_encoder(component.files, config, component.tokenizer, device=device, dtype=dtype)
         self._runtime.components.append(loaded_component(component, self._text.model))
 
@@ -80,24 +83,29 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         prompts = [request.prompt]
         if request.HasField("negative_prompt"):
             prompts.append(request.negative_prompt)
-        encoded = await self._runtime.gpu.run(lambda: self._text.encode(prompts))
+        encoded = await self._runtime.gpu.run(lambda: self._encoded_texts(prompts))
         yield pb.EncodeTextResponse(info=_text_info(encoded))
         names = ("prompt_embeds", "negative_prompt_embeds")[: len(prompts)]
         tensors = [from_torch(name, encoded.prompt_embeds[row : row + 1]) for row, name in enumerate(names)]
         for message in self._runtime.send(pb.EncodeTextResponse, tensors, context):
             yield message
 
+    def _encoded_texts(self, prompts: list[str]) -> EncodedPrompts:
+        encoded = self._text.encode(prompts)
+        return replace(encoded, prompt_embeds=encoded.prompt_embeds.to("cpu"))
+
     async def EncodeImage(self, requests: AsyncIterator[pb.EncodeImageRequest], context: Context) -> AsyncIterator[Any]:
         first, tensors = await self._runtime.receive_call(requests, context, ["image"])
         if not self._image:
             raise NotThereYet(f"bundle {self._bundle.name} has no image encoder", reason="NO_IMAGE_ENCODER")
         picture = require(tensors, "image", (None, None, 3), (UINT8,))
-        checks = Checks()
-        for side in picture.shape[:2]:
-            checks.between("image", side, 1, _MAX_SIDE)
+        resize, checks = first.parameters.resize, Checks()
+        checks.that(resize in pb.ImageResize.values(), "resize", f"is not known: {resize}")
+        height, width = picture.shape[:2]
+        fits = 1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE
+        checks.that(fits, "image", f"must have sides of 1 to {_MAX_SIDE} pixels, got {width}x{height}")
         checks.done()
-        resize = _RESIZE.get(first.parameters.resize, _RESIZE_OF_BUNDLE[self._bundle.quirks.image_resize])
-        encoder = self._image[resize]
+        encoder = self._image[_RESIZE.get(resize, _RESIZE_OF_BUNDLE[self._bundle.quirks.image_resize])]
         embeds = await self._runtime.gpu.run(
             lambda: encoder.encode([to_torch(picture).to(self._runtime.device)]).to("cpu")
         )

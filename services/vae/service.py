@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
 from functools import partial
 from typing import Any, Literal
 
@@ -55,18 +54,18 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         self._runtime.components.append(loaded_component(component, self._vae))
 
     async def Encode(self, requests: AsyncIterator[pb.EncodeRequest], context: Context) -> AsyncIterator[Any]:
-        async with aclosing(self._runtime.receive(requests, context)) as incoming:
-            parameters = self._checked(await anext(incoming, None))
-            encoder = _ClipEncoder(self._vae, parameters, self._runtime.device)
-            latents: list[Tensor] = []
-            async for item in incoming:
-                frames = encoder.checked(item)
-                del item  # frames that are encoded are not kept while further ones arrive
-                latents += await self._runtime.gpu.run(partial(encoder.add, frames))
-                del frames
-                yield pb.EncodeResponse(
-                    progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
-                )
+        incoming = self._runtime.receive(requests, context)
+        parameters = self._checked(await anext(incoming, None))
+        encoder = _ClipEncoder(self._vae, parameters, self._runtime.device)
+        latents: list[Tensor] = []
+        async for item in incoming:
+            frames = encoder.checked(item)
+            del item  # frames that are encoded are not kept while further ones arrive
+            latents += await self._runtime.gpu.run(partial(encoder.add, frames))
+            del frames
+            yield pb.EncodeResponse(
+                progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
+            )
         encoder.finish()
         tensor = from_torch("latents", torch.cat(latents, dim=2))
         for message in self._runtime.send(pb.EncodeResponse, [tensor], context):
@@ -96,7 +95,7 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         skip = parameters.skip_frames
         if skip == _frames_of(latents, self._vae.config):
             return
-        for decoded in self._vae.decode_stream(clip.split(1, dim=2)):
+        for decoded in self._vae.decode_stream(torch.split(clip, 1, dim=2)):
             raise_if_cancelled()
             kept = decoded[:, :, min(skip, decoded.shape[2]) :]
             skip -= decoded.shape[2] - kept.shape[2]

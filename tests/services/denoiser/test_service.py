@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bunraku.errors import BunrakuError, Cancelled, DeadlineExceeded, NotReady, StageBroken, WrongState
+from bunraku.errors import DeadlineExceeded, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
 from bunraku.v1 import stage_pb2
 from runtime.bundles import Bundle, BundleError, configuration
@@ -33,6 +35,8 @@ from tests.services.serving import Answers, Served, serving, until
 # h and w differ, so that a mix-up cannot fit
 HEIGHT, WIDTH, FRAMES = 64, 32, 9
 SHAPE = (1, 16, 3, 8, 4)
+LAYERS = 2
+BLOCKS_PER_STEP = 2 * LAYERS  # with guidance
 SOLVER_NUMBERS = {"unipc": pb.SOLVER_UNIPC, "dpm++": pb.SOLVER_DPMPP, "euler": pb.SOLVER_EULER}
 Stage = Served[DenoiserService]
 
@@ -113,21 +117,20 @@ def direct(
     pose_time_origin: int = 1,
     history: Tensor | None = None,
     frames_given: int = 0,
-    conditioning: dict[str, Tensor] = CONDITIONING,
 ) -> Tensor:
     """The latents without the service."""
     component = bundle.component("transformer")
     config = configuration(component, PRESETS, TransformerConfig)
     model = load_transformer(component.files, config, device=torch.device("cpu"), compute_dtype=torch.float32)
     inputs = animation(
-        conditioning["reference_latents"],
-        conditioning["pose_latents"],
+        CONDITIONING["reference_latents"],
+        CONDITIONING["pose_latents"],
         config.head_dim,
         pose_time_origin=pose_time_origin,
         history_latents=history,
         frames_given=frames_given,
     )
-    prompt = Prompt(*(conditioning[name] for name in ("prompt_embeds", "negative_prompt_embeds", "image_embeds")))
+    prompt = Prompt(*(CONDITIONING[name] for name in ("prompt_embeds", "negative_prompt_embeds", "image_embeds")))
     solver = make_solver(solver_name, num_inference_steps, shift)
     start = solver.start(seeded_noise((1, 16, 4, 8, 4), 7))
     *_, last = denoise([Expert(model, guidance_scale)], solver, start, inputs, prompt)
@@ -135,26 +138,27 @@ def direct(
 
 
 class Blocks:
-    """Counts the blocks of the stage's model that ran, and holds the one before which `hold_before` have run."""
+    """Counts the blocks of the stage's model that ran, and holds the model while so many have run.
 
-    def __init__(self, service: DenoiserService, hold_before: int = -1) -> None:
+    A block that is held goes on when its run is cancelled: the device had already begun with it.
+    """
+
+    def __init__(self, service: DenoiserService, hold_at: int = -1) -> None:
         self.ran = 0
-        self.hold_before = hold_before
-        self.held, self.go_on = threading.Event(), threading.Event()
+        self.hold_at = hold_at
+        self.held = threading.Event()
         for block in service._model.blocks:
             block.register_forward_pre_hook(self._before)
             block.register_forward_hook(self._after)
 
     def _before(self, module: nn.Module, arguments: Any) -> None:
-        if self.ran == self.hold_before:
+        while self.ran == self.hold_at:
             self.held.set()
-            while not self.go_on.is_set():
-                try:
-                    raise_if_cancelled()
-                except WorkCancelled:
-                    # the device has already begun with this one
-                    return
-                time.sleep(0.001)
+            try:
+                raise_if_cancelled()
+            except WorkCancelled:
+                return
+            time.sleep(0.001)
 
     def _after(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self.ran += 1
@@ -186,7 +190,12 @@ async def test_what_is_not_set_comes_from_the_bundle(bundle: Bundle) -> None:
         [plan] = implied.messages("plan")
         assert (plan.num_inference_steps, plan.guidance_scale, plan.shift) == (4, 2.0, 3.0)
         assert plan.solver == pb.SOLVER_DPMPP
-        said = {"num_inference_steps": 4, "guidance_scale": 2.0, "shift": 3.0, "solver": pb.SOLVER_DPMPP}
+        said: dict[str, Any] = {
+            "num_inference_steps": 4,
+            "guidance_scale": 2.0,
+            "shift": 3.0,
+            "solver": pb.SOLVER_DPMPP,
+        }
         assert torch.equal(latents(await run(denoiser, **said)), latents(implied))
         # it is the same run, so its checkpoint will do
         [stored] = checkpoints(implied)
@@ -231,12 +240,12 @@ async def test_without_guidance_no_negative_prompt_is_needed_or_used(bundle: Bun
             num_inference_steps=2,
             checkpoint_every_steps=1,
         )
-        assert blocks.ran == 3 * 2
+        assert blocks.ran == LAYERS * 2
         [stored] = checkpoints(plain)
         # a negative prompt that is not used does not make it another run
         with_negative = await resume(denoiser, stored, guidance_scale=1, num_inference_steps=2)
         await run(denoiser, num_inference_steps=2)
-        assert blocks.ran == 3 * (2 + 1 + 2 * 2)
+        assert blocks.ran == LAYERS * (2 + 1 + 2 * 2)
     assert torch.equal(latents(with_negative), latents(plain))
     assert torch.equal(latents(plain), direct(bundle, "dpm++", 2, 1.0, 3.0))
 
@@ -255,12 +264,13 @@ async def test_the_smallest_video_can_be_made(bundle: Bundle) -> None:
 
 
 async def test_conditioning_may_come_in_half_precision(bundle: Bundle) -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        halves = {name: tensor.to(dtype) for name, tensor in CONDITIONING.items()}
-        async with stage(bundle) as denoiser:
-            answers = await run(denoiser, wired(halves), num_inference_steps=2)
-        widened = {name: tensor.float() for name, tensor in halves.items()}
-        assert torch.equal(latents(answers), direct(bundle, "dpm++", 2, 2.0, 3.0, conditioning=widened))
+    async with stage(bundle) as denoiser:
+        for dtype in (torch.float16, torch.bfloat16):
+            halves = {name: tensor.to(dtype) for name, tensor in CONDITIONING.items()}
+            widened = {name: tensor.float() for name, tensor in halves.items()}
+            got = latents(await run(denoiser, wired(halves), num_inference_steps=2))
+            assert torch.equal(got, latents(await run(denoiser, wired(widened), num_inference_steps=2)))
+            assert not torch.equal(got, latents(await run(denoiser, num_inference_steps=2)))
 
 
 async def test_previews_come_when_they_are_asked_for(bundle: Bundle) -> None:
@@ -420,7 +430,6 @@ MORE_WRONG_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("guidance_scale", {"guidance_scale": 30.1}),
     ("shift", {"shift": 0.05}),
     ("seed", {"seed": 2**64 - 1}),
-    # noise levels so close to 1 that float32 cannot tell them apart
 ]
 
 
@@ -478,8 +487,6 @@ async def test_a_wrong_tensor_is_named(bundle: Bundle) -> None:
             "Denoise", first(), [*without("prompt_embeds"), from_torch("prompt_embeds", batch)]
         )
         assert field == "prompt_embeds"
-        too_long = [*without("prompt_embeds"), *without("image_embeds")[:0], from_torch("prompt_embeds", batch[:1, :0])]
-        assert (await denoiser.refused("Denoise", first(), too_long))[0][0] == "prompt_embeds"
 
 
 async def test_tensors_that_do_not_belong_are_named(bundle: Bundle) -> None:
@@ -500,12 +507,12 @@ async def test_tensors_that_do_not_belong_are_named(bundle: Bundle) -> None:
         assert (field, text) == ("prompt_embeds", "came twice")
 
 
-async def test_a_schedule_that_float32_cannot_tell_apart_is_refused(bundle: Bundle) -> None:
-    async with stage(bundle) as denoiser:
-        [(field, text)] = await denoiser.refused(
-            "Denoise", first(shift=100, num_inference_steps=100, solver=pb.SOLVER_UNIPC), wired(CONDITIONING)
-        )
-    assert (field, text) == ("shift", "shift 100.0 leaves no 100 distinct noise levels")
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_schedule_that_is_allowed_can_be_run(solver: str) -> None:
+    for shift in (0.1, 1.0, 100.0):
+        for steps in (1, 2, 100):
+            sigmas = make_solver(solver, steps, shift).sigmas
+            assert bool((sigmas.diff() < 0).all())
 
 
 async def test_latents_that_are_not_finite_are_an_error_and_the_stage_goes_on(bundle: Bundle) -> None:
@@ -530,7 +537,7 @@ async def begun(of: Stage, blocks: Blocks, **changes: Any) -> AsyncIterator[asyn
 
 async def test_a_client_that_cancels_stops_the_device_within_one_block(bundle: Bundle) -> None:
     async with stage(bundle) as denoiser:
-        blocks = Blocks(denoiser.service, hold_before=7)
+        blocks = Blocks(denoiser.service, hold_at=7)
         async with begun(denoiser, blocks) as task:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -538,21 +545,21 @@ async def test_a_client_that_cancels_stops_the_device_within_one_block(bundle: B
         await until(lambda: not denoiser.runtime.status().work)
         await until(lambda: blocks.ran == 8)
         # the device is free: the next run is served, and the one that was cancelled ran no further block
-        blocks.hold_before = -1
+        blocks.hold_at = -1
         await run(denoiser, num_inference_steps=1)
-        assert blocks.ran == 8 + 2 * 3
+        assert blocks.ran == 8 + 2 * LAYERS
 
 
 async def test_a_deadline_stops_the_device_within_one_block(bundle: Bundle) -> None:
     async with stage(bundle) as denoiser:
         await run(denoiser, num_inference_steps=1)
-        blocks = Blocks(denoiser.service, hold_before=4)
+        blocks = Blocks(denoiser.service, hold_at=5)
         with pytest.raises(DeadlineExceeded):
             await denoiser.ask("Denoise", first(), wired(CONDITIONING), seconds=0.5)
         await until(lambda: not denoiser.runtime.status().work)
-        blocks.hold_before = -1
+        blocks.hold_at = -1
         await run(denoiser, num_inference_steps=1)
-        assert blocks.ran <= 5 + 2 * 3
+        assert blocks.ran <= 6 + 2 * LAYERS
 
 
 @pytest.mark.parametrize("checkpoint_every_steps", [0, 2])
@@ -560,20 +567,21 @@ async def test_a_stage_that_drains_hands_out_a_checkpoint(bundle: Bundle, checkp
     sampling = {"num_inference_steps": 5, "checkpoint_every_steps": checkpoint_every_steps}
     answers = Answers()
     async with stage(bundle) as ending:
-        blocks = Blocks(ending.service, hold_before=7)
-        call = asyncio.create_task(ending.ask("Denoise", first(**sampling), wired(CONDITIONING), into=answers))
+        # in the second step
+        blocks = Blocks(ending.service, hold_at=BLOCKS_PER_STEP + 1)
+        call = asyncio.create_task(
+            ending.ask("Denoise", first(**sampling), wired(CONDITIONING), seconds=20, into=answers)
+        )
         await until(blocks.held.is_set)
         draining = asyncio.create_task(ending.server.drain(60))
         await until(lambda: ending.runtime.draining)
         # held again in the step after this one, which only giving it up can end
-        blocks.held.clear()
-        blocks.hold_before = 13
+        blocks.hold_at = 2 * BLOCKS_PER_STEP + 1
         with pytest.raises(NotReady, match="the denoiser stage is draining; go on from the checkpoint") as error:
             await call
         await draining
         assert error.value.reason == "STAGE_DRAINING"
-        assert blocks.ran <= 14
-    # the second step was under way when the stage began to drain
+        assert blocks.ran <= 2 * BLOCKS_PER_STEP + 2
     assert [step.completed_steps for step in answers.messages("step")] == [1, 2]
     assert answers.named("latents") == []
     [stored] = checkpoints(answers)
@@ -585,11 +593,11 @@ async def test_a_stage_that_drains_hands_out_a_checkpoint(bundle: Bundle, checkp
 
 async def test_a_stage_that_drains_finishes_a_run_at_its_last_step(bundle: Bundle) -> None:
     async with stage(bundle) as ending:
-        blocks = Blocks(ending.service, hold_before=7)
+        blocks = Blocks(ending.service, hold_at=BLOCKS_PER_STEP + 1)
         async with begun(ending, blocks, num_inference_steps=2) as call:
             draining = asyncio.create_task(ending.server.drain(60))
             await until(lambda: ending.runtime.draining)
-            blocks.go_on.set()
+            blocks.hold_at = -1
             answers = await call
         await draining
     assert answers.one("latents").shape == SHAPE
@@ -608,20 +616,20 @@ async def test_a_stage_that_loads_says_so(bundle: Bundle) -> None:
 
 async def test_status_tells_of_the_model_and_of_the_run_in_work(bundle: Bundle) -> None:
     async with stage(bundle) as denoiser:
-        blocks = Blocks(denoiser.service, hold_before=0)
+        blocks = Blocks(denoiser.service, hold_at=0)
         named = denoiser.ask("Denoise", first(), wired(CONDITIONING), generation="generations/7")
         call = asyncio.create_task(named)
         await until(blocks.held.is_set)
         status = await denoiser.status()
-        blocks.go_on.set()
+        blocks.hold_at = -1
         await call
-        assert list((await denoiser.status()).work) == []
+        await until(lambda: not denoiser.runtime.status().work)
     assert (status.stage, status.state) == ("denoiser", stage_pb2.STAGE_STATE_SERVING)
     assert (status.bundle, status.bundle_revision, status.attention_backend) == ("test", bundle.revision, "auto")
     [component] = status.components
     weights = denoiser.service._model.state_dict().values()
     assert (component.name, component.sha256, component.dtype) == ("transformer", "ab12", "float32+int8")
-    assert component.parameters == sum(weight.numel() for weight in weights) > 100_000
+    assert component.parameters == sum(weight.numel() for weight in weights) > 50_000
     assert component.size_bytes == sum(weight.nbytes for weight in weights)
     assert component.size_bytes < 2.5 * component.parameters
     [work] = status.work
@@ -647,12 +655,12 @@ async def test_a_step_takes_the_time_of_the_step_and_not_of_whoever_waits(
         for outcome in service._prepare(plan, {tensor.name: tensor for tensor in wired(CONDITIONING)}).steps(plan):
             seconds.append(outcome.seconds)
             now += 1000
-    assert seconds == [3, 3, 3]
+    assert seconds == [LAYERS] * 3
 
 
 @pytest.mark.parametrize("min_bytes", [1, 10**9])
 async def test_shared_memory_changes_no_bit_and_leaves_nothing_behind(
-    bundle: Bundle, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, min_bytes: int
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_bytes: int
 ) -> None:
     monkeypatch.setattr("runtime.shared_memory.MIN_BYTES", min_bytes)
     async with stage(bundle) as plain:
@@ -667,15 +675,10 @@ async def test_shared_memory_changes_no_bit_and_leaves_nothing_behind(
         assert all(a.data.tobytes() == b.data.tobytes() for a, b in zip(got.tensors, expected.tensors, strict=True))
         assert torch.equal(latents(resumed), latents(expected))
         del got, resumed
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 async def test_a_bundle_of_another_task_is_refused(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="bundle test: this version serves animate, not text_to_video"):
         async with stage(replace(bundle, task="text_to_video")):
             pass
-
-
-def test_errors_of_this_module_are_known() -> None:
-    kinds: tuple[Callable[..., BunrakuError], ...] = (WrongState, Cancelled)
-    assert all(callable(kind) for kind in kinds)
