@@ -27,10 +27,11 @@ def cover(frame: Frame, height: int, width: int) -> Frame:
     source_height, source_width = frame.shape[:2]
     if (source_height, source_width) == (height, width):
         return frame
-    scale = max(height / source_height, width / source_width)
-    box_height, box_width = height / scale, width / scale
+    # the part of the source that is seen; whole numbers up to the last division, so that it never exceeds the source
+    box_height = min(source_height, source_width * height / width)
+    box_width = min(source_width, source_height * width / height)
     top, left = (source_height - box_height) / 2, (source_width - box_width) / 2
-    box = (left, top, left + box_width, top + box_height)
+    box = (left, top, source_width - left, source_height - top)
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import UINT8, WireTensor, require
-from runtime.video import VideoInfo, read_frames, read_info
+from runtime.video import Frame, VideoInfo, VideoLimits, read_frames, read_info
 from services.pose.fit import cover, halve, whole_latents
 
 _SIZE_MULTIPLE, _MAX_SIDE, _MAX_FRAMES = 32, 4096, 10_000
@@ -48,7 +48,8 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         parameters = first.parameters
         _check(parameters)
         video = require(tensors, "video", (None,), (UINT8,)).data.data
-        found = await self._runtime.gpu.run(lambda: read_info(video, "video"))
+        limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
+        found = await self._runtime.gpu.run(lambda: read_info(video, "video", limits))
         info = _pose_info(found, parameters.max_frames)
         yield pb.FitPoseVideoResponse(info=info)
         fitted = self._runtime.gpu.stream(lambda: _fitted(video, parameters, info.num_frames))
@@ -59,14 +60,18 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
 
 def _fitted(video: memoryview, parameters: pb.FitPoseVideoParameters, num_frames: int) -> Iterator[list[WireTensor]]:
     """Pose frames, a few at a time: half size and, if asked for, full size."""
-    frames = islice(read_frames(video, "video"), num_frames)
-    while portion := list(islice(frames, _FRAMES_PER_TENSOR)):
-        raise_if_cancelled()
-        full = [cover(frame, parameters.height, parameters.width) for frame in portion]
-        tensors = [WireTensor.from_numpy("pose_frames", np.stack([halve(frame) for frame in full]))]
+    fitted = _covering(islice(read_frames(video, "video"), num_frames), parameters.height, parameters.width)
+    while portion := list(islice(fitted, _FRAMES_PER_TENSOR)):
+        tensors = [WireTensor.from_numpy("pose_frames", np.stack([halve(frame) for frame in portion]))]
         if parameters.full_size:
-            tensors.append(WireTensor.from_numpy("pose_frames_full", np.stack(full)))
+            tensors.append(WireTensor.from_numpy("pose_frames_full", np.stack(portion)))
         yield tensors
+
+
+def _covering(frames: Iterable[Frame], height: int, width: int) -> Iterator[Frame]:
+    for frame in frames:
+        raise_if_cancelled()
+        yield cover(frame, height, width)
 
 
 def _check(parameters: pb.FitPoseVideoParameters) -> None:
