@@ -29,6 +29,9 @@ MIN_SOURCE_FRAMES = 5  # two latent frames; SCAIL was not trained on fewer
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SIZE_MODES = (pb.SIZE_MODE_UNSPECIFIED, pb.SIZE_MODE_BUDGET, pb.SIZE_MODE_FIT, pb.SIZE_MODE_CROP)
 
+# Without these a bundle animates from ready pose videos only
+POSE_COMPONENTS = {"person_detector", "whole_body_keypoints", "joints_3d"}
+
 Violation = tuple[str, str]  # field as in the proto, dotted; what is wrong with it
 
 
@@ -50,6 +53,7 @@ class ModelSpec:
         color_correction_strength: 0 to 1.
         preset: the default one of `presets`.
         negative_prompt: used where a request has none.
+        extracts_poses: whether its bundle has the models that find poses in a driving video.
     """
 
     name: str
@@ -73,6 +77,7 @@ class ModelSpec:
     negative_prompt: str = ""
     guidance_scale_low_noise: float | None = None
     size_multiple: int = 32
+    extracts_poses: bool = False
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> Self:
@@ -99,6 +104,7 @@ class ModelSpec:
             presets=tuple(bundle.presets),
             negative_prompt=sampling.negative_prompt,
             size_multiple=video.size_multiple,
+            extracts_poses=bundle.components.keys() >= POSE_COMPONENTS,
         )
 
     def to_proto(self) -> pb.Model:
@@ -164,6 +170,9 @@ def checked(
     if request.WhichOneof("task") is None:
         raise InvalidRequest(("task", "must be set: animate"))
     model = _model(request, models)
+    if model is not None and request.animate.WhichOneof("motion") == "driving_video" and not model.extracts_poses:
+        text = f"model {model.name} has no pose models: give a ready pose video as animate.pose_video"
+        raise NotThereYet(text, reason="NO_POSE_MODELS")
     violations = [
         *_request_violations(request, models, model, max_timeout_seconds),
         *_animate_violations(request.animate, model),
@@ -259,8 +268,6 @@ def _refuse_what_is_not_there_yet(request: pb.CreateGenerationRequest) -> None:
     task = request.WhichOneof("task")
     if task not in (None, "animate"):
         raise NotThereYet(f"{task} is not there yet; animate is")
-    if request.animate.WhichOneof("motion") == "driving_video":
-        raise NotThereYet("animate.driving_video is not there yet: give a ready pose video as animate.pose_video")
 
 
 def _model(request: pb.CreateGenerationRequest, models: Sequence[ModelSpec]) -> ModelSpec | None:

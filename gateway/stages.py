@@ -103,6 +103,23 @@ class EncoderStage:
             return await work.attempt("image", attempt)
 
 
+@dataclass(frozen=True)
+class Driving:
+    """A raw driving video.
+
+    Attributes:
+        video: the file.
+        people: to follow, 1 to 5.
+        mask_video: file that is bright where people are to be looked for; None: everywhere.
+        preset: `wan2gp` or `official`.
+    """
+
+    video: bytes
+    people: int
+    mask_video: bytes | None
+    preset: str
+
+
 class PoseStage:
     """Videos to pose frames."""
 
@@ -120,6 +137,32 @@ class PoseStage:
             file = [WireTensor.from_bytes("video", video)]
             async for item in call.stream(call.stub.FitPoseVideo, first, file):
                 yield item if isinstance(item, WireTensor) else item.info  # type: ignore[attr-defined]
+
+    async def extract(
+        self, work: Work, driving: Driving, reference_image: Frames, max_frames: int, attempt: int
+    ) -> AsyncGenerator[pose_pb2.PoseInfo | WireTensor]:
+        """One attempt at finding the poses of a raw video: what was found, then `pose_frames` as they come."""
+        height, width, _ = reference_image.shape
+        first = pose_pb2.ExtractPoseRequest(
+            parameters=pose_pb2.ExtractPoseParameters(
+                height=height, width=width, max_frames=max_frames, people=driving.people, preset=driving.preset
+            )
+        )
+        tensors = [
+            WireTensor.from_bytes("video", driving.video),
+            WireTensor.from_numpy("reference_image", reference_image),
+        ]
+        if driving.mask_video is not None:
+            tensors.append(WireTensor.from_bytes("mask_video", driving.mask_video))
+        async with self.client.call(work.budget, generation=work.generation, attempt=attempt) as call:
+            async for item in call.stream(call.stub.ExtractPose, first, tensors):
+                if isinstance(item, WireTensor):
+                    yield item
+                elif item.WhichOneof("message") == "info":
+                    yield item.info  # type: ignore[attr-defined]
+                else:
+                    step = item.progress  # type: ignore[attr-defined]
+                    work.report.progress(f"pose_{step.step}", step.completed_frames, step.total_frames)
 
 
 class VaeStage:

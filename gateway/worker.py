@@ -34,7 +34,7 @@ from gateway.assets import AssetStore, asset_id
 from gateway.media import VideoWriter, fit_image, frame_rate, read_image
 from gateway.pipelines.animate import Animation, Motion, animate
 from gateway.progress import ProgressReport
-from gateway.stages import DEFAULT_RETRY, Stages, Work
+from gateway.stages import DEFAULT_RETRY, Driving, Stages, Work
 from gateway.store import Job, JobStore
 from runtime import telemetry
 from runtime.bundles import Bundle
@@ -169,11 +169,10 @@ class Worker:
         path = await self._assets.path(asset_id(task.reference_image, "animate.reference_image"))
         picture = await asyncio.to_thread(read_image, path, "animate.reference_image")
         reference = await asyncio.to_thread(fit_image, picture, output.height, output.width, output.size_mode)
-        pose_path = await self._assets.path(asset_id(task.pose_video, "animate.pose_video"))
         quirks = bundle.presets[task.preset]
         return Animation(
             reference_image=reference,
-            pose_video=await asyncio.to_thread(pose_path.read_bytes),
+            motion=await self._motion(task),
             prompt=task.prompt,
             negative_prompt=task.negative_prompt,
             max_frames=output.num_frames,
@@ -184,6 +183,16 @@ class Worker:
             image_resize=quirks.image_resize,
             pixel_rounding=quirks.pixel_rounding,
         )
+
+    async def _motion(self, task: pb.AnimateTask) -> Driving | bytes:
+        if task.WhichOneof("motion") == "pose_video":
+            return await self._read(task.pose_video, "animate.pose_video")
+        mask = await self._read(task.mask_video, "animate.mask_video") if task.mask_video else None
+        return Driving(await self._read(task.driving_video, "animate.driving_video"), task.people, mask, task.preset)
+
+    async def _read(self, name: str, field: str) -> bytes:
+        path = await self._assets.path(asset_id(name, field))
+        return await asyncio.to_thread(path.read_bytes)
 
     def _sampling(self, request: pb.CreateGenerationRequest, pose_time_origin: int) -> denoiser_pb2.DenoiseParameters:
         sampling = request.sampling

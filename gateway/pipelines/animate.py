@@ -1,4 +1,4 @@
-"""SCAIL: a reference image and a pose video -> a video of the character moving like the pose.
+"""SCAIL: a reference image and a driving or pose video -> a video of the character moving like it.
 
 The order of the stages is the order of the lines of `animate`. Branches that do not need each other run at the same
 time; long videos go window by window, and the frames of a window are delivered while the next one runs.
@@ -7,7 +7,7 @@ time; long videos go window by window, and the frames of a window are delivered 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from bunraku.errors import StageBroken
 from bunraku.v1 import denoiser_pb2, pose_pb2
-from gateway.stages import Decoding, Frames, Stages, Work
+from gateway.stages import Decoding, Driving, Frames, Stages, Work
 from gateway.windows import Window, plan_windows
 from runtime.tensors import FLOAT16, WireTensor
 
@@ -29,13 +29,13 @@ class Animation:
 
     Attributes:
         reference_image: the character, uint8 [height, width, 3] at the size of the video.
-        pose_video: file that holds a rendered skeleton.
+        motion: a raw driving video, or a file that holds a rendered skeleton.
         max_frames: the most frames, 4k + 1.
         sampling: of the denoiser; sizes and frames are filled in per window.
     """
 
     reference_image: Frames
-    pose_video: bytes
+    motion: Driving | bytes
     prompt: str
     negative_prompt: str
     max_frames: int
@@ -135,10 +135,7 @@ async def pose_latents(animation: Animation, stages: Stages, work: Work) -> Moti
     """Pose frames go from the pose stage to the VAE as they come; only latents are kept."""
 
     async def attempt(number: int) -> Motion:
-        items = stages.pose.fit(
-            work, animation.pose_video, animation.height, animation.width, animation.max_frames, number
-        )
-        async with aclosing(items) as fitted:
+        async with aclosing(pose_items(animation, stages, work, number)) as fitted:
             info = await anext(fitted)
             if not isinstance(info, pose_pb2.PoseInfo):
                 raise StageBroken("the pose stage did not say first what it found", stage="pose")
@@ -160,6 +157,15 @@ async def pose_latents(animation: Animation, stages: Stages, work: Work) -> Moti
 
     with work.report.stage("pose"), work.report.stage("pose_latents"):
         return await work.attempt("pose", attempt)
+
+
+def pose_items(
+    animation: Animation, stages: Stages, work: Work, attempt: int
+) -> AsyncGenerator[pose_pb2.PoseInfo | WireTensor]:
+    """What the pose stage gives: poses found in a driving video, or a ready pose video fitted to size."""
+    if isinstance(animation.motion, Driving):
+        return stages.pose.extract(work, animation.motion, animation.reference_image, animation.max_frames, attempt)
+    return stages.pose.fit(work, animation.motion, animation.height, animation.width, animation.max_frames, attempt)
 
 
 class PoseFrames:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -90,15 +90,28 @@ class FakeStages(
         first, _ = await receive_call(requests, ["video"])
         p = first.parameters
         async with self.call("FitPoseVideo", p):
-            count = min(self.num_frames, p.max_frames or self.num_frames)
-            info = pose_pb2.PoseInfo(num_frames=count, frames_per_second=12, source_frames=self.num_frames)
-            yield pose_pb2.FitPoseVideoResponse(info=info)
-            frames = np.zeros((count, p.height // 2, p.width // 2, 3), np.float16)
-            frames[:] = np.arange(count)[:, None, None, None]
-            for start in range(0, count, 7):
-                portion = WireTensor.from_numpy("pose_frames", frames[start : start + 7])
-                for message in send_tensors(pose_pb2.FitPoseVideoResponse, [portion]):
-                    yield message
+            for message in self._pose_messages(pose_pb2.FitPoseVideoResponse, p):
+                yield message
+
+    async def ExtractPose(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        first, tensors = await receive_call(requests, ["video", "reference_image", "mask_video"])
+        p = first.parameters
+        self.tensors["ExtractPose"].append(tensors)
+        async with self.call("ExtractPose", p):
+            messages = self._pose_messages(pose_pb2.ExtractPoseResponse, p)
+            yield next(messages)
+            progress = pose_pb2.PoseProgress(step="detect", completed_frames=9, total_frames=9)
+            yield pose_pb2.ExtractPoseResponse(progress=progress)
+            for message in messages:
+                yield message
+
+    def _pose_messages(self, response: Any, p: Any) -> Iterator[Any]:
+        count = min(self.num_frames, p.max_frames or self.num_frames)
+        yield response(info=pose_pb2.PoseInfo(num_frames=count, frames_per_second=12, source_frames=self.num_frames))
+        frames = np.zeros((count, p.height // 2, p.width // 2, 3), np.float16)
+        frames[:] = np.arange(count)[:, None, None, None]
+        for start in range(0, count, 7):
+            yield from send_tensors(response, [WireTensor.from_numpy("pose_frames", frames[start : start + 7])])
 
     async def Encode(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         items = receive(requests)

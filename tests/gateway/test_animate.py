@@ -14,7 +14,7 @@ import pytest
 from bunraku.errors import DeadlineExceeded, NotReady, OutOfMemory, StageBroken
 from bunraku.v1 import denoiser_pb2
 from gateway.pipelines.animate import Animation, Motion, animate
-from gateway.stages import Stages, Work, connect
+from gateway.stages import Driving, Stages, Work, connect
 from runtime.client import Budget, Retry
 from runtime.server import as_bunraku_error
 from tests.gateway.fake_stages import FakeStages, serving
@@ -63,7 +63,7 @@ class Tape:
 
 ANIMATION = Animation(
     reference_image=np.full((64, 32, 3), 7, np.uint8),
-    pose_video=b"a video",
+    motion=b"a video",
     prompt="a dance",
     negative_prompt="blur",
     max_frames=81,
@@ -113,6 +113,21 @@ async def test_one_window_passes_every_tensor_by_name(fake: FakeStages, stages: 
     assert told.events[-1] == ("partial", 9, 9)
     assert tape.motion is not None
     assert float(tape.motion.frames_per_second) == 12
+
+
+async def test_a_raw_driving_video_goes_to_extraction_with_the_reference(fake: FakeStages, stages: Stages) -> None:
+    driving = Driving(b"a dance", people=2, mask_video=b"a mask", preset="official")
+    tape, told = await run(stages, replace(ANIMATION, motion=driving))
+    assert len(tape.frames) == 9
+    parameters = fake.calls["ExtractPose"][0]
+    assert (parameters.height, parameters.width, parameters.people, parameters.preset) == (64, 32, 2, "official")
+    given = fake.tensors["ExtractPose"][0]
+    assert {name: tensor.shape for name, tensor in given.items()} == {
+        "video": (7,),
+        "reference_image": (64, 32, 3),
+        "mask_video": (6,),
+    }
+    assert ("progress", "pose_detect", 9, 9) in told.events
 
 
 async def test_without_guidance_no_negative_prompt_is_encoded(fake: FakeStages, stages: Stages) -> None:

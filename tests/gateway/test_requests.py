@@ -252,9 +252,12 @@ def test_other_tasks_are_not_there_yet(task: str) -> None:
         checked(request(f'{task} {{ prompt: "x" }}'), MODELS)
 
 
-def test_a_driving_video_is_not_there_yet() -> None:
+def test_a_driving_video_needs_a_model_that_finds_poses() -> None:
+    driven = request(f'animate {{ driving_video: "{POSE}" }}')
     with pytest.raises(NotThereYet, match="pose_video"):
-        checked(request(f'animate {{ driving_video: "{POSE}" }}'), MODELS)
+        checked(driven, MODELS)
+    able = replace(SCAIL, extracts_poses=True)
+    assert checked(driven, (able,)).animate.driving_video == POSE
 
 
 # What else a request tells

@@ -165,8 +165,8 @@ def test_a_corrupt_picture_or_video_is_refused_by_name(
             assert [name for name, _ in raised.value.violations] == [field]
 
 
-def test_a_raw_driving_video_is_said_not_to_be_there_yet(client: Client, picture: Path, pose_video: Path) -> None:
-    with pytest.raises(NotThereYet, match="driving_video"):
+def test_a_raw_driving_video_needs_a_bundle_with_pose_models(client: Client, picture: Path, pose_video: Path) -> None:
+    with pytest.raises(NotThereYet, match="no pose models"):
         client.animate(reference_image=picture, driving_video=pose_video)
 
 
