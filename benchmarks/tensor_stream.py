@@ -3,10 +3,10 @@
 `python -m benchmarks.tensor_stream` prints markdown tables. Everything that is compared is measured in turn within one
 run (A B C A B C ...), and ratios are taken per turn, so that a busy machine slows all of them alike.
 
-tensors: this system's stream over TCP, from an array to an array. bare: bytes that are at hand in chunks of the same
-size through grpc.aio without protobuf, counted and dropped. bare, kept: the same, copied into a buffer that is there
-already. shared: this system's stream through shared memory, from an array to an array. copy: one process, one copy into
-memory that is there already.
+tensors: this system's stream over TCP, from an array to an array. bare: slices of the payload as they are through
+grpc.aio, in messages of the same size and without protobuf, counted and dropped. bare, kept: the same, copied into a
+buffer that is there already. shared: this system's stream through shared memory, from an array to an array. copy: one
+process, one copy into memory that is there already. The receiver looks at every page of what it was sent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from runtime.tensors import CHUNK_BYTES, WireTensor
 MIB = 2**20
 SIZES = (MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB)
 MANY = 64
+_PAGE = 4096
 _BUNDLE = Bundle(
     "benchmark",
     "animate",
@@ -61,6 +64,7 @@ class Receiver(vae_pb2_grpc.VaeServiceServicer):
     def __init__(self, runtime: StageRuntime) -> None:
         self.runtime = runtime
         self.kept: WireTensor | None = None
+        self.seen = 0
         self.answer = WireTensor.from_bytes("frames", b"")
 
     def load(self) -> None:
@@ -74,10 +78,11 @@ class Receiver(vae_pb2_grpc.VaeServiceServicer):
         async for item in self.runtime.receive(requests, context):
             if isinstance(item, WireTensor):
                 self.kept = item
+                self.seen += int(item.data[::_PAGE].sum())
         yield vae_pb2.EncodeResponse(progress=vae_pb2.VaeProgress())
 
     async def Decode(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        first = await anext(self.runtime.receive(requests, context))
+        first: Any = await anext(self.runtime.receive(requests, context))
         size_bytes = first.parameters.skip_frames
         if self.answer.size_bytes != size_bytes:
             self.answer = payload(size_bytes)
@@ -85,7 +90,7 @@ class Receiver(vae_pb2_grpc.VaeServiceServicer):
             yield message
 
 
-class Bare(grpc.GenericRpcHandler):
+class Bare(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in its stubs only
     """Streams of bytes without protobuf, and the receiver's memory."""
 
     def __init__(self, receiver: Receiver) -> None:
@@ -96,8 +101,8 @@ class Bare(grpc.GenericRpcHandler):
         name = handler_call_details.method.rpartition("/")[2]
         if name in ("count", "keep"):
             return grpc.stream_unary_rpc_method_handler(getattr(self, name))
-        if name == "memory":
-            return grpc.unary_unary_rpc_method_handler(self.memory)
+        if name in ("memory", "cpu"):
+            return grpc.unary_unary_rpc_method_handler(getattr(self, name))
         return None
 
     async def count(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
@@ -116,14 +121,23 @@ class Bare(grpc.GenericRpcHandler):
             received += len(chunk)
         return received.to_bytes(8, "little")
 
+    async def cpu(self, request: bytes, context: Any) -> bytes:
+        """Seconds of processor that this process has used."""
+        return str(time.process_time()).encode()
+
     async def memory(self, request: bytes, context: Any) -> bytes:
-        """Resident memory now and at most since the last time, in bytes; starts a new peak."""
+        """What `resident_and_peak` says, after letting go of what was received if the request is `drop`."""
         if request == b"drop":
             self.receiver.kept = None
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")
-        fields = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Vm")}
-        return json.dumps([int(fields["VmRSS"]) * 1024, int(fields["VmHWM"]) * 1024]).encode()
+        return json.dumps(resident_and_peak()).encode()
+
+
+def resident_and_peak() -> tuple[int, int]:
+    """Resident memory of this process now and at most since the last time, in bytes; starts a new peak."""
+    status = Path("/proc/self/status").read_text()
+    Path("/proc/self/clear_refs").write_text("5")
+    fields = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if line.startswith("Vm")}
+    return int(fields["VmRSS"]) * 1024, int(fields["VmHWM"]) * 1024
 
 
 def payload(size_bytes: int) -> WireTensor:
@@ -183,24 +197,29 @@ class Sender:
                 assert isinstance(item, WireTensor)
                 assert item.size_bytes == tensor.size_bytes
 
-    async def bare(self, size_bytes: int, *, keep: bool) -> None:
-        chunk = bytes(self.chunk_bytes)
+    async def bare(self, tensor: WireTensor, *, keep: bool, count: int = 1) -> None:
+        data, size_bytes = tensor.data.data, tensor.size_bytes * count
 
         async def chunks() -> AsyncIterator[bytes]:
             if keep:
                 yield size_bytes.to_bytes(8, "little")
-            for _ in range(size_bytes // self.chunk_bytes):
-                yield chunk
-            if size_bytes % self.chunk_bytes:
-                yield chunk[: size_bytes % self.chunk_bytes]
+            for _ in range(count):
+                for start in range(0, data.nbytes, self.chunk_bytes):
+                    yield bytes(data[start : start + self.chunk_bytes])
 
         rpc: Any = self.channel.stream_unary("/benchmark/keep" if keep else "/benchmark/count")  # type: ignore[call-arg]
         assert int.from_bytes(await rpc(chunks()), "little") == size_bytes
 
-    async def copy(self, tensor: WireTensor) -> None:
+    async def copy(self, tensor: WireTensor, count: int = 1) -> None:
         if self.copied.nbytes != tensor.size_bytes:
             self.copied = np.zeros(tensor.size_bytes, np.uint8)
-        self.copied[:] = tensor.data
+        for _ in range(count):
+            self.copied[:] = tensor.data
+
+    async def cpu(self) -> float:
+        """Seconds of processor that both processes have used."""
+        rpc: Any = self.channel.unary_unary("/benchmark/cpu")  # type: ignore[call-arg]
+        return float(await rpc(b"")) + time.process_time()
 
     async def memory(self, request: bytes = b"") -> tuple[int, int]:
         rpc: Any = self.channel.unary_unary("/benchmark/memory")  # type: ignore[call-arg]
@@ -229,27 +248,39 @@ async def two_processes(chunk_bytes: int) -> AsyncIterator[Sender]:
             await process.communicate(b"")
 
 
-async def in_turn(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+@dataclass(frozen=True)
+class Cost:
+    """What one transfer took: seconds that passed, and seconds of processor in both processes together."""
+
+    wall_s: float
+    cpu_s: float
+
+
+Costs = Mapping[str, Sequence[Cost]]
+
+
+async def in_turn(sender: Sender, ways: Mapping[str, Way], rounds: int) -> Costs:
+    """The cost of every way in every round, after one round that is not counted."""
+    costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            begun = time.perf_counter()
+            cpu, begun = await sender.cpu(), time.perf_counter()
             await way()
+            wall_s = time.perf_counter() - begun
             if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
+                costs[name].append(Cost(wall_s, await sender.cpu() - cpu))
+    return costs
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], faster: str, slower: str) -> str:
+def ratio(costs: Costs, faster: str, slower: str, of: str = "wall_s") -> str:
     """How many times as fast, as the median over the rounds."""
-    ratios = [b / a for a, b in zip(seconds[faster], seconds[slower], strict=True)]
-    return f"{statistics.median(ratios):.2f}"
+    pairs = zip(costs[faster], costs[slower], strict=True)
+    return f"{statistics.median(getattr(b, of) / getattr(a, of) for a, b in pairs):.2f}"
 
 
-def rate(seconds: Mapping[str, Sequence[float]], name: str, size_bytes: int) -> str:
+def rate(costs: Costs, name: str, size_bytes: int) -> str:
     """Median in MB/s."""
-    return f"{size_bytes / statistics.median(seconds[name]) / 1e6:,.0f}"
+    return f"{size_bytes / statistics.median(cost.wall_s for cost in costs[name]) / 1e6:,.0f}"
 
 
 def rounds_for(size_bytes: int, rounds: int) -> int:
@@ -257,52 +288,42 @@ def rounds_for(size_bytes: int, rounds: int) -> int:
 
 
 async def throughput(sizes: Sequence[int], rounds: int, chunk_bytes: int) -> None:
-    print("Client to server, MB/s (medians) and ratios (medians of the ratios of each round):\n")
-    print(
-        "| size | rounds | tensors | bare | bare, kept | shared | copy | tensors / bare | tensors / bare, kept "
-        "| shared / bare |\n|" + " ---: |" * 10
-    )
+    print("Client to server, MB/s (medians):\n")
+    print("| size | rounds | tensors | bare | bare, kept | shared | copy |\n|" + " ---: |" * 7)
+    measured = {}
     for size_bytes in sizes:
+        tensor = payload(size_bytes)
         async with two_processes(chunk_bytes) as sender:
-            await _throughput_of(sender, payload(size_bytes), rounds_for(size_bytes, rounds))
+            costs = await in_turn(sender, ways_to_send(sender, tensor), rounds_for(size_bytes, rounds))
+        rates = " | ".join(rate(costs, name, size_bytes) for name in costs)
+        print(f"| {size_bytes // MIB} MiB | {len(costs['tensors'])} | {rates} |", flush=True)
+        measured[size_bytes] = costs
+    for of, text in (("wall_s", "Time"), ("cpu_s", "Processor time of both processes together")):
+        print(f"\n{text}, as ratios (medians of the ratios of each round; above 1 the first is the cheaper):\n")
+        print("| size | tensors / bare | tensors / bare, kept | shared / bare |\n|" + " ---: |" * 4)
+        for size_bytes, costs in measured.items():
+            pairs = (("tensors", "bare"), ("tensors", "bare, kept"), ("shared", "bare"))
+            print(f"| {size_bytes // MIB} MiB | {' | '.join(ratio(costs, *pair, of) for pair in pairs)} |")
 
 
-async def _throughput_of(sender: Sender, tensor: WireTensor, rounds: int) -> None:
-    size_bytes = tensor.size_bytes
-    seconds = await in_turn(
-        {
-            "tensors": lambda: sender.tensors(sender.over_tcp, tensor),
-            "bare": lambda: sender.bare(size_bytes, keep=False),
-            "bare, kept": lambda: sender.bare(size_bytes, keep=True),
-            "shared": lambda: sender.tensors(sender.shared, tensor),
-            "copy": lambda: sender.copy(tensor),
-        },
-        rounds,
-    )
-    rates = " | ".join(rate(seconds, name, size_bytes) for name in seconds)
-    ratios = " | ".join(
-        (ratio(seconds, "tensors", "bare"), ratio(seconds, "tensors", "bare, kept"), ratio(seconds, "shared", "bare"))
-    )
-    print(f"| {size_bytes // MIB} MiB | {rounds} | {rates} | {ratios} |", flush=True)
+def ways_to_send(sender: Sender, tensor: WireTensor, count: int = 1) -> dict[str, Way]:
+    """Every way of sending a tensor so many times in one call."""
+    return {
+        "tensors": lambda: sender.tensors(sender.over_tcp, tensor, count),
+        "bare": lambda: sender.bare(tensor, keep=False, count=count),
+        "bare, kept": lambda: sender.bare(tensor, keep=True, count=count),
+        "shared": lambda: sender.tensors(sender.shared, tensor, count),
+        "copy": lambda: sender.copy(tensor, count),
+    }
 
 
 async def many(rounds: int, chunk_bytes: int) -> None:
-    print(
-        f"\n{MANY} tensors of 1 MiB in one call, MB/s:\n\n| tensors | bare | shared | tensors / bare | shared / bare |"
-    )
-    print("|" + " ---: |" * 5)
-    tensor = payload(MIB)
+    print(f"\n{MANY} tensors of 1 MiB in one call, MB/s and ratios of time:\n")
+    print("| tensors | bare | bare, kept | shared | copy | tensors / bare | shared / bare |\n|" + " ---: |" * 7)
     async with two_processes(chunk_bytes) as sender:
-        seconds = await in_turn(
-            {
-                "tensors": lambda: sender.tensors(sender.over_tcp, tensor, MANY),
-                "bare": lambda: sender.bare(MANY * MIB, keep=False),
-                "shared": lambda: sender.tensors(sender.shared, tensor, MANY),
-            },
-            rounds_for(MANY * MIB, rounds),
-        )
-    rates = " | ".join(rate(seconds, name, MANY * MIB) for name in seconds)
-    print(f"| {rates} | {ratio(seconds, 'tensors', 'bare')} | {ratio(seconds, 'shared', 'bare')} |", flush=True)
+        costs = await in_turn(sender, ways_to_send(sender, payload(MIB), MANY), rounds_for(MANY * MIB, rounds))
+    rates = " | ".join(rate(costs, name, MANY * MIB) for name in costs)
+    print(f"| {rates} | {ratio(costs, 'tensors', 'bare')} | {ratio(costs, 'shared', 'bare')} |", flush=True)
 
 
 async def answers(sizes: Sequence[int], rounds: int, chunk_bytes: int) -> None:
@@ -312,15 +333,13 @@ async def answers(sizes: Sequence[int], rounds: int, chunk_bytes: int) -> None:
     for size_bytes in sizes:
         tensor = payload(size_bytes)
         async with two_processes(chunk_bytes) as sender:
-            seconds = await in_turn(
-                {
-                    "tensors": lambda: sender.answers(sender.over_tcp, tensor),  # noqa: B023  # awaited in this turn
-                    "shared": lambda: sender.answers(sender.shared, tensor),  # noqa: B023
-                    "to the server": lambda: sender.tensors(sender.over_tcp, tensor),  # noqa: B023
-                },
-                rounds_for(size_bytes, rounds),
-            )
-        rates = " | ".join(rate(seconds, name, size_bytes) for name in seconds)
+            ways: dict[str, Way] = {
+                "tensors": partial(sender.answers, sender.over_tcp, tensor),
+                "shared": partial(sender.answers, sender.shared, tensor),
+                "to the server": partial(sender.tensors, sender.over_tcp, tensor),
+            }
+            costs = await in_turn(sender, ways, rounds_for(size_bytes, rounds))
+        rates = " | ".join(rate(costs, name, size_bytes) for name in costs)
         print(f"| {size_bytes // MIB} MiB | {rates} |", flush=True)
 
 

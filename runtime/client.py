@@ -32,7 +32,7 @@ from opentelemetry.trace import SpanKind
 from bunraku.errors import DeadlineExceeded, InvalidRequest, NotReady, StageBroken, from_rpc_error
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime import telemetry
-from runtime.server import MAX_MESSAGE_BYTES, fast_deserializer
+from runtime.server import FLOW_CONTROL, MAX_MESSAGE_BYTES, fast_deserializer
 from runtime.shared_memory import LOST, SharedMemory, Sharing, boot_id
 from runtime.tensors import CHUNK_BYTES, MAX_CALL_BYTES, WireTensor, receive, send_tensors, serialize
 
@@ -43,6 +43,7 @@ M = TypeVar("M", bound=Message)
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *FLOW_CONTROL,
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

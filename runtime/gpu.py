@@ -250,7 +250,6 @@ class GpuStream(AsyncIterator[T]):
         was_closed, self._closed = self._closed, True
         if self._ahead is not None and not was_closed:
             self._cancelled.set()
-            self._ahead.future.cancel()
             closing = _Job(self._source.close, threading.Event(), self._context, is_cleanup=True)
             self._closing = self._thread._submit(closing)
 

@@ -40,10 +40,14 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.ServingStatus.NOT_SERVING
 Context = grpc.aio.ServicerContext[Any, Any]
 Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
 
+# What may be on its way before the receiver has read it: left to its own estimate gRPC lets it grow, and with it the
+# receiver's memory (docs/decisions/0003-tensor-stream.md)
+FLOW_CONTROL = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024))
 # The client pings every 30 s (runtime.client); a server that allowed less would answer "too_many_pings"
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *FLOW_CONTROL,
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

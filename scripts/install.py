@@ -23,7 +23,13 @@ def main() -> int:
     has_gpu = shutil.which("nvidia-smi") is not None
     extras = f"dev,{'gpu' if has_gpu else 'cpu'}"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--constraint", str(ROOT / "constraints.txt"), *torch_source(has_gpu), "--editable", f"{ROOT}[{extras}]"]
+    command += [
+        "--constraint",
+        str(ROOT / "constraints.txt"),
+        *torch_source(has_gpu),
+        "--editable",
+        f"{ROOT}[{extras}]",
+    ]
     print(f"installing bunraku[{extras}] and what it needs; the first time this takes some minutes", flush=True)
     return subprocess.run(command, check=False).returncode
 

@@ -37,7 +37,7 @@ Tensors = dict[str, WireTensor]
 async def until(holds: Callable[[], Any]) -> None:
     """Lets the event loop run until something holds that another thread or process brings about."""
     async with asyncio.timeout(10):
-        while not holds():  # noqa: ASYNC110  # nobody there could set an event of this loop
+        while not holds():  # nobody there could set an event of this loop
             await asyncio.sleep(0.002)
 
 

@@ -275,6 +275,7 @@ def resolving(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str] | OS
 
     async def getaddrinfo(self: Any, host: str, port: str, **options: Any) -> list[Any]:
         asked.append(host)
+        await asyncio.sleep(0)
         found = answers[host]
         if isinstance(found, OSError):
             raise found

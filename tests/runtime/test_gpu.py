@@ -472,6 +472,35 @@ async def test_streams_are_still_closed_on_the_thread_while_it_shuts_down() -> N
     assert gpu.shutdown(5.0)
 
 
+async def test_a_close_that_waits_is_not_taken_back_with_its_caller(gpu: GpuThread) -> None:
+    begun, free, items = threading.Event(), threading.Event(), Items()
+    stream = gpu.stream(items)
+    await anext(stream)
+    await until(lambda: items.made == 2)
+    work = asyncio.create_task(gpu.run(lambda: hanging(begun, free)))
+    await until(begun.is_set)
+    closing = asyncio.create_task(stream.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.sleep(0)
+    free.set()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    assert await work
+    assert items.closed_on == "test-gpu"
+
+
+async def test_a_thread_that_is_shut_down_twice_while_it_works_ends() -> None:
+    gpu, begun, free = GpuThread(), threading.Event(), threading.Event()
+    work = asyncio.create_task(gpu.run(lambda: hanging(begun, free)))
+    await until(begun.is_set)
+    assert not gpu.shutdown(0.0)
+    assert not gpu.shutdown(0.0)
+    free.set()
+    await work
+    assert gpu.shutdown(5.0)
+
+
 async def test_a_device_that_hangs_does_not_keep_the_thread_owner_waiting() -> None:
     gpu, begun, free = GpuThread(), threading.Event(), threading.Event()
     work = asyncio.create_task(gpu.run(lambda: hanging(begun, free)))

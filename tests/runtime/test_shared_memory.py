@@ -6,6 +6,7 @@ import asyncio
 import errno
 import gc
 import os
+import random
 import socket
 import threading
 import time
@@ -295,6 +296,7 @@ def test_a_later_use_of_a_segment_is_not_taken_back_with_an_earlier_one(
     assert again is not None
     assert again.segment == place.segment
     first.ended()
+    assert segments(sender.directory, sender) == [again.segment]
     assert receiver.take("frames", again, LARGE, sender.instance)[0] == 2
 
 
@@ -580,14 +582,16 @@ async def test_what_was_sent_before_an_error_still_arrives(directory: Path) -> N
     """As the checkpoint of a run that is given back."""
 
     def given_back(tensors: Tensors) -> Iterator[WireTensor]:
+        yield numbered(7)
         yield numbered(8)
         raise NotReady("draining", reason="STAGE_DRAINING")
 
     async with shared(directory) as both:
         both.stage.service.decode_work = given_back
         answers = decode(both.caller)
-        got = await anext(answers)
+        await anext(answers)
         await until(lambda: not both.stage.runtime.status().work)
+        got = await anext(answers)
         assert got.data.tobytes() == b"\x08" * LARGE
         with pytest.raises(NotReady, match="draining"):
             await anext(answers)
@@ -706,3 +710,37 @@ async def test_a_stage_that_is_told_to_end_leaves_nothing(directory: Path) -> No
         assert await process.terminate() == 0
         assert all(memory.instance in name for name in names(directory))
     memory.close()
+
+
+async def test_many_calls_of_which_some_are_cancelled_leave_nothing_behind(directory: Path) -> None:
+    """Results are right or there is none, and afterwards every call, slot and segment is free."""
+    chance = random.Random(5)
+
+    def series(tensors: Tensors) -> Iterator[WireTensor]:
+        for number in range(10):
+            raise_if_cancelled()
+            time.sleep(0.001)
+            yield numbered(number)
+
+    async def one(both: Shared, number: int) -> None:
+        if number % 2:
+            [got] = await encode(both.caller, numbered(number))
+            assert got.data.tobytes() == bytes([number]) * LARGE
+        else:
+            numbers = [int(tensor.data[-1]) async for tensor in decode(both.caller)]
+            assert numbers == list(range(10))
+
+    async with shared(directory, max_concurrent=4) as both:
+        both.stage.service.decode_work = series
+        tasks = [asyncio.create_task(one(both, number)) for number in range(12)]
+        for task in tasks[::3]:
+            await asyncio.sleep(chance.random() * 0.02)
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(result is None or isinstance(result, asyncio.CancelledError) for result in results), results
+        assert None in results
+        await until(lambda: not both.stage.runtime.status().work)
+        del tasks, task
+        await both.all_free()
+        [endpoint] = await both.caller.endpoints()
+        assert endpoint.calls == 0

@@ -241,8 +241,8 @@ async def test_tensors_are_read_one_at_a_time_by_the_sender() -> None:
 TRUNCATED: dict[str, list[Any]] = {
     "no data": [header()],
     "too little data": [header(), data(b"abc")],
-    "a message in between": [header(), data(b"abc"), FIRST_ENCODE],
-    "another tensor in between": [header(), data(b"abc"), header()],
+    "a message in between": [header(), data(b"abc"), FIRST_ENCODE, data(b"d")],
+    "another tensor in between": [header(), data(b"abc"), header(), data(b"abcd")],
 }
 
 
