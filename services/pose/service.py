@@ -1,52 +1,80 @@
-"""PoseService: a ready pose video in, pose frames out. Extraction from a raw video is not there yet."""
+"""PoseService: a ready pose video, a driving video or joints in, pose frames out.
+
+Ready pose videos need neither models nor torch; what needs them is imported where it is used, so that a stage whose bundle
+has no pose models starts at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 
-from bunraku.errors import InvalidRequest
+from bunraku.errors import InvalidRequest, NotThereYet
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import pose_pb2_grpc
-from runtime.bundles import Bundle
+from runtime.bundles import PRESETS, Bundle
 from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
 from runtime.stage import StageRuntime
-from runtime.tensors import UINT8, WireTensor, require
+from runtime.tensors import FLOAT32, UINT8, WireTensor, require
 from runtime.video import Frame, VideoInfo, VideoLimits, read_frames, read_info
 from services.pose.fit import cover, halve, whole_latents
 
+if TYPE_CHECKING:
+    from services.pose.extract import Drawing, PoseExtractor
+
+COMPONENTS = frozenset({"person_detector", "whole_body_keypoints", "joints_3d"})
+"""Of a bundle, without which people are not found in videos."""
+MAX_PEOPLE = 5
 _SIZE_MULTIPLE, _MAX_SIDE, _MAX_FRAMES = 32, 4096, 10_000
 # SCAIL was made for two latent frames at least
 MIN_FRAMES = 5
 _FRAMES_PER_TENSOR = 16
+_MAX_REFERENCE_SIDE = 16_384
+_MASK_EXPAND = (-10, 50)
+_MASK_BACKENDS = ("", "sam2", "matanyone")
+# beyond any person who could be seen: 1 km, and 100 pictures away; focal lengths are in pixels
+_MAX_JOINT_MM, _MAX_KEYPOINT, _MAX_FOCAL_LENGTH = 1e6, 100.0, 1e6
 Context = grpc.aio.ServicerContext[Any, Any]
+Floats = npt.NDArray[np.float32]
 
 
 class PoseService(pose_pb2_grpc.PoseServiceServicer):
-    """Pose frames; this version takes ready pose videos, the other rpcs answer UNIMPLEMENTED."""
+    """Pose frames of one person; following several people is not there yet."""
 
     full_name = pb.DESCRIPTOR.services_by_name["PoseService"].full_name
 
     def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
-        self._runtime = runtime
+        self._runtime, self._bundle = runtime, bundle
+        self._extractor: PoseExtractor | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pose_pb2_grpc.add_PoseServiceServicer_to_server(self, server)
 
     def load(self) -> None:
-        """Fitting a video needs no model."""
+        """Loads the models that find people, if the bundle has them; nothing else here needs any."""
+        if not COMPONENTS & self._bundle.components.keys():
+            return
+        import torch
+
+        from services.pose.extract import PoseExtractor
+        from services.pose.models import load_models
+
+        models, loaded = load_models(self._bundle, torch.device(self._runtime.device))
+        self._extractor = PoseExtractor(models)
+        self._runtime.components += loaded
 
     async def FitPoseVideo(
         self, requests: AsyncIterator[pb.FitPoseVideoRequest], context: Context
     ) -> AsyncIterator[Any]:
         first, tensors = await self._runtime.receive_call(requests, context, ["video"])
         parameters = first.parameters
-        _check(parameters)
+        _check_size_and_length(parameters).done()
         video = require(tensors, "video", (None,), (UINT8,)).data.data
         limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
         found = await self._runtime.gpu.run(lambda: read_info(video, "video", limits))
@@ -56,6 +84,94 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         async for portion in fitted:
             for message in self._runtime.send(pb.FitPoseVideoResponse, portion, context):
                 yield message
+
+    async def ExtractPose(self, requests: AsyncIterator[pb.ExtractPoseRequest], context: Context) -> AsyncIterator[Any]:
+        extractor = self._extractor
+        if extractor is None:
+            text = f"bundle {self._bundle.name} has no pose models: give a ready pose video"
+            raise NotThereYet(text, reason="NO_POSE_MODELS")
+        first, tensors = await self._runtime.receive_call(requests, context, ["video", "reference_image", "mask_video"])
+        parameters = first.parameters
+        _check_extraction(parameters)
+        if "mask_video" in tensors:
+            raise NotThereYet("mask_video is not there yet: people are looked for everywhere")
+        video = require(tensors, "video", (None,), (UINT8,)).data.data
+        reference = _reference_image(tensors)
+        limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
+        info = _pose_info(await self._runtime.gpu.run(lambda: read_info(video, "video", limits)), parameters.max_frames)
+        yield pb.ExtractPoseResponse(info=info)
+        found = self._runtime.gpu.stream(lambda: _extracted(extractor, video, reference, parameters, info.num_frames))
+        async for item in found:
+            if isinstance(item, pb.PoseProgress):
+                yield pb.ExtractPoseResponse(progress=item)
+                continue
+            for message in self._runtime.send(pb.ExtractPoseResponse, item, context):
+                yield message
+
+    async def RenderPose(self, requests: AsyncIterator[pb.RenderPoseRequest], context: Context) -> AsyncIterator[Any]:
+        first, tensors = await self._runtime.receive_call(requests, context, ["joints", "keypoints", "camera"])
+        parameters = first.parameters
+        checks = _check_size(parameters)
+        _check_preset(checks, parameters.preset)
+        checks.done()
+        joints = _finite(tensors, "joints", (None, None, 24, 3), _MAX_JOINT_MM)
+        keypoints = _finite(tensors, "keypoints", (*joints.shape[:2], 134, 3), _MAX_KEYPOINT)
+        camera = _finite(tensors, "camera", (3, 3), _MAX_FOCAL_LENGTH) if "camera" in tensors else None
+        focal_lengths = [] if camera is None else [camera[0, 0], camera[1, 1]]
+        checks.that(all(length >= 1 for length in focal_lengths), "camera", "must have focal lengths of 1 at least")
+        frames, people = joints.shape[:2]
+        checks.that(frames % 4 == 1 and MIN_FRAMES <= frames <= _MAX_FRAMES, "joints", _frames_text(frames))
+        checks.between("joints", people, 1, MAX_PEOPLE)
+        checks.done()
+        drawn = self._runtime.gpu.stream(lambda: self._drawn(joints, keypoints, camera, parameters))
+        async for portion in drawn:
+            for message in self._runtime.send(pb.RenderPoseResponse, [portion], context):
+                yield message
+
+    def _drawn(
+        self, joints: Floats, keypoints: Floats, camera: Floats | None, parameters: pb.RenderPoseParameters
+    ) -> Iterator[WireTensor]:
+        import torch
+
+        from services.pose.extract import HABITS, Drawing, draw
+
+        height, width = parameters.height, parameters.width
+        drawing = Drawing(joints, keypoints, Drawing.plain_camera(height, width) if camera is None else camera)
+        quirks = HABITS[parameters.preset].pose
+        for frames in draw(drawing, height, width, quirks, torch.device(self._runtime.device)):
+            yield WireTensor.from_numpy("pose_frames", frames)
+
+
+def _extracted(
+    extractor: PoseExtractor,
+    video: memoryview,
+    reference: Frame,
+    parameters: pb.ExtractPoseParameters,
+    num_frames: int,
+) -> Iterator[pb.PoseProgress | list[WireTensor]]:
+    """Progress and tensors of an extraction, as they come."""
+    from services.pose.extract import HABITS, Clip, Drawing, Progress
+
+    clip = Clip(lambda: read_frames(video, "video"), num_frames, parameters.height, parameters.width)
+    habits = HABITS[parameters.preset]
+    for item in extractor.extract(clip, reference, habits, people=parameters.people or 1):
+        if isinstance(item, Progress):
+            yield pb.PoseProgress(
+                step=item.step,
+                completed_frames=item.completed_frames,
+                total_frames=item.total_frames,
+                bridged_frames=item.bridged_frames,
+            )
+        elif isinstance(item, Drawing):
+            if parameters.give_joints:
+                yield _tensors_of(item)
+        else:
+            yield [WireTensor.from_numpy("pose_frames", item)]
+
+
+def _tensors_of(drawing: Drawing) -> list[WireTensor]:
+    names = ("keypoints", "joints", "camera")
+    return [WireTensor.from_numpy(name, np.ascontiguousarray(getattr(drawing, name))) for name in names]
 
 
 def _fitted(video: memoryview, parameters: pb.FitPoseVideoParameters, num_frames: int) -> Iterator[list[WireTensor]]:
@@ -74,16 +190,55 @@ def _covering(frames: Iterable[Frame], height: int, width: int) -> Iterator[Fram
         yield cover(frame, height, width)
 
 
-def _check(parameters: pb.FitPoseVideoParameters) -> None:
+def _check_size(parameters: pb.FitPoseVideoParameters | pb.ExtractPoseParameters | pb.RenderPoseParameters) -> Checks:
     checks = Checks()
     for field in ("height", "width"):
         value = getattr(parameters, field)
         if checks.between(field, value, _SIZE_MULTIPLE, _MAX_SIDE):
             checks.multiple(field, value, _SIZE_MULTIPLE)
-    limit = parameters.max_frames
+    return checks
+
+
+def _check_size_and_length(parameters: pb.FitPoseVideoParameters | pb.ExtractPoseParameters) -> Checks:
+    checks, limit = _check_size(parameters), parameters.max_frames
     if limit and checks.between("max_frames", limit, 1, _MAX_FRAMES):
         checks.that(limit % 4 == 1, "max_frames", f"must be 4k + 1, got {limit}")
+    return checks
+
+
+def _check_preset(checks: Checks, preset: str) -> None:
+    checks.that(preset in ("", *PRESETS), "preset", f"must be {' or '.join(PRESETS)} or empty, got {preset}")
+
+
+def _check_extraction(parameters: pb.ExtractPoseParameters) -> None:
+    checks = _check_size_and_length(parameters)
+    checks.between("people", parameters.people, 0, MAX_PEOPLE)
+    _check_preset(checks, parameters.preset)
+    checks.between("mask_expand", parameters.mask_expand, *_MASK_EXPAND)
+    text = f"must be sam2 or matanyone or empty, got {parameters.mask_backend}"
+    checks.that(parameters.mask_backend in _MASK_BACKENDS, "mask_backend", text)
     checks.done()
+
+
+def _reference_image(tensors: dict[str, WireTensor]) -> Frame:
+    image = require(tensors, "reference_image", (None, None, 3), (UINT8,))
+    height, width = image.shape[:2]
+    if not (1 <= height <= _MAX_REFERENCE_SIDE and 1 <= width <= _MAX_REFERENCE_SIDE):
+        text = f"must be 1x1 to {_MAX_REFERENCE_SIDE}x{_MAX_REFERENCE_SIDE}, got {height}x{width}"
+        raise InvalidRequest(("reference_image", text))
+    return image.numpy()
+
+
+def _finite(tensors: dict[str, WireTensor], name: str, shape: tuple[int | None, ...], most: float) -> Floats:
+    """Values of a tensor, none of them beyond `most` either way."""
+    values: Floats = require(tensors, name, shape, (FLOAT32,)).numpy()
+    if not bool((np.abs(values) <= most).all()):
+        raise InvalidRequest((name, f"must be finite and within -{most:g} to {most:g}"))
+    return values
+
+
+def _frames_text(frames: int) -> str:
+    return f"must have 4k + 1 frames, {MIN_FRAMES} to {_MAX_FRAMES}, got {frames}"
 
 
 def _pose_info(found: VideoInfo, max_frames: int) -> pb.PoseInfo:

@@ -57,6 +57,14 @@ def test_a_frame_is_scaled_evenly_until_it_covers() -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (28, 67, 0, 39)
 
 
+def test_scaling_is_bicubic() -> None:
+    # which goes beyond the levels on both sides of an edge, as a linear one does not
+    edge = np.where(np.arange(32) < 16, 100, 200).astype(np.uint8)
+    fitted = cover(np.broadcast_to(edge[None, :, None], (32, 32, 3)).copy(), 64, 64)
+    assert 90 < fitted.min() < 97
+    assert 203 < fitted.max() < 210
+
+
 def test_halving_gives_the_exact_means_of_squares() -> None:
     [frame] = noise(1, 64, 32)
     halved = halve(frame)

@@ -1,32 +1,44 @@
-"""PoseService over real gRPC: ready pose videos, refusals, stopping."""
+"""PoseService over real gRPC: ready pose videos, driving videos, joints, refusals, stopping."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from bunraku.errors import NotThereYet
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import stage_pb2
-from runtime.bundles import Bundle
+from runtime.bundles import Bundle, BundleComponent, BundleError
 from runtime.client import Budget
+from runtime.gpu import WorkCancelled, raise_if_cancelled
 from runtime.tensors import FLOAT16, UINT8, WireTensor
 from runtime.video import Frame, Source, VideoLimits
 from services.pose.fit import cover, halve
+from services.pose.nlf.head import PointWeights
 from services.pose.service import PoseService
+from tests.services.pose.drawn import ANN, HEIGHT, WIDTH, DrawnModels, picture, walking
+from tests.services.pose.figures import standing
+from tests.services.pose.nlf.tiny import KnownAnswers
+from tests.services.pose.nlf.tiny import estimator as nlf_estimator
 from tests.services.pose.videos import changing_size, lossless_mp4, noise, sound_only
 from tests.services.serving import Answers, Served, serving, until
+from training.tiny_onnx import write_networks
 
 LIMITS = VideoLimits()
 Stage = Served[PoseService]
+NETWORKS = {"person_detector": "detector.onnx", "whole_body_keypoints": "whole_body.onnx", "joints_3d": "nlf"}
 
 
 def stage(bundle: Bundle, **options: Any) -> AbstractAsyncContextManager[Stage]:
@@ -165,13 +177,241 @@ async def test_wrong_fields_are_named(bundle: Bundle) -> None:
             assert await pose.refused("FitPoseVideo", first(**fields), sent(b"")) == tuple(violations)
 
 
-async def test_extraction_and_drawing_are_not_there_yet(bundle: Bundle) -> None:
-    extract = pb.ExtractPoseRequest(parameters=pb.ExtractPoseParameters(height=32, width=32))
-    render = pb.RenderPoseRequest(parameters=pb.RenderPoseParameters(height=32, width=32))
+def extraction(height: int = HEIGHT, width: int = WIDTH, **fields: Any) -> pb.ExtractPoseRequest:
+    return pb.ExtractPoseRequest(parameters=pb.ExtractPoseParameters(height=height, width=width, **fields))
+
+
+def drawing(height: int = HEIGHT, width: int = WIDTH, **fields: Any) -> pb.RenderPoseRequest:
+    return pb.RenderPoseRequest(parameters=pb.RenderPoseParameters(height=height, width=width, **fields))
+
+
+def driving(frames: list[Frame], reference: Frame | None = None) -> list[WireTensor]:
+    reference = picture(0, {ANN: (30, 20, 50, 60)}) if reference is None else reference
+    return [*sent(lossless_mp4(frames)), WireTensor.from_numpy("reference_image", reference)]
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> DrawnModels:
+    """What a bundle's pose models are loaded as."""
+    models = DrawnModels()
+    monkeypatch.setattr("services.pose.models.load_models", lambda *_: (models, []))
+    return models
+
+
+@pytest.fixture
+def pose_bundle(bundle: Bundle, tmp_path: Path) -> Bundle:
+    """One that finds people with the tiny networks."""
+    write_networks(tmp_path)
+    (tmp_path / "nlf").touch()
+    components = {name: BundleComponent(name, (tmp_path / file,)) for name, file in NETWORKS.items()}
+    return replace(bundle, components={**bundle.components, **components})
+
+
+async def test_a_bundle_without_pose_models_says_so(bundle: Bundle) -> None:
     async with stage(bundle) as pose:
-        for rpc, request in (("ExtractPose", extract), ("RenderPose", render)):
-            with pytest.raises(NotThereYet, match=f"{rpc} is in the contract, but not in this version yet"):
-                await pose.ask(rpc, request)
+        with pytest.raises(NotThereYet, match="bundle test has no pose models: give a ready pose video") as error:
+            await pose.ask("ExtractPose", extraction(), driving(walking(5)))
+        assert error.value.reason == "NO_POSE_MODELS"
+
+
+async def test_a_bundle_that_lacks_one_of_the_pose_models_is_not_loaded(pose_bundle: Bundle, tmp_path: Path) -> None:
+    components = dict(pose_bundle.components)
+    del components["whole_body_keypoints"]
+    async with stage(replace(pose_bundle, components=components), load=False) as pose:
+        with pytest.raises(BundleError, match="has no component whole_body_keypoints"):
+            pose.service.load()
+    (tmp_path / "detector.onnx").unlink()
+    async with stage(pose_bundle, load=False) as pose:
+        with pytest.raises(BundleError, match=r"person_detector: not there: .*detector\.onnx"):
+            pose.service.load()
+
+
+async def test_a_driving_video_gives_info_then_progress_then_pose_frames(
+    pose_bundle: Bundle, models: DrawnModels
+) -> None:
+    async with stage(pose_bundle) as pose:
+        answers = await pose.ask("ExtractPose", extraction(), driving(walking(22, without=[2, 3])))
+    [info] = answers.messages("info")
+    assert answers.items[0].WhichOneof("message") == "info"
+    assert (info.num_frames, info.source_frames, info.frames_per_second) == (21, 22, 16.0)
+    assert (info.source_height, info.source_width) == (HEIGHT, WIDTH)
+    progress = answers.messages("progress")
+    assert [(p.step, p.completed_frames) for p in progress] == [
+        (step, n)
+        for step, counts in {"detect": (16, 21), "track": (21,), "joints": (16, 21), "align": (21,), "render": (16, 21)}.items()
+        for n in counts
+    ]  # fmt: skip
+    assert {p.total_frames for p in progress} == {21}
+    assert list(progress[-1].bridged_frames) == [2, 3]
+    assert {tensor.name for tensor in answers.tensors} == {"pose_frames"}
+    assert {tensor.dtype for tensor in answers.tensors} == {FLOAT16}
+    frames = series(answers, "pose_frames")
+    assert frames.shape == (21, HEIGHT // 2, WIDTH // 2, 3)
+    assert all(frame.any() for frame in frames)
+
+
+async def test_given_joints_drawn_again_give_the_same_frames(pose_bundle: Bundle, models: DrawnModels) -> None:
+    async with stage(pose_bundle) as pose:
+        for reference in (None, np.zeros((8, 8, 3), np.uint8)):
+            video = driving(walking(17, without=[6]), reference)
+            answers = await pose.ask("ExtractPose", extraction(give_joints=True), video)
+            given = {name: answers.one(name) for name in ("keypoints", "joints", "camera")}
+            assert given["keypoints"].shape == (17, 1, 134, 3)
+            assert given["joints"].shape == (17, 1, 24, 3)
+            drawn = await pose.ask("RenderPose", drawing(), given.values())
+            assert np.array_equal(series(drawn, "pose_frames"), series(answers, "pose_frames"))
+            # a camera that was not fitted is the one taken where none is given
+            del given["camera"]
+            plain = await pose.ask("RenderPose", drawing(), given.values())
+            same = np.array_equal(series(plain, "pose_frames"), series(answers, "pose_frames"))
+            assert same == (reference is not None)
+
+
+async def test_joints_are_drawn_without_any_model(bundle: Bundle) -> None:
+    joints = WireTensor.from_numpy("joints", standing(5, 2))
+    nobody = WireTensor.from_numpy("keypoints", np.zeros((5, 2, 134, 3), np.float32))
+    async with stage(bundle) as pose:
+        frames = series(await pose.ask("RenderPose", drawing(64, 64), [joints, nobody]), "pose_frames")
+    assert frames.shape == (5, 32, 32, 3)
+    assert all(frame.any() for frame in frames)
+
+
+async def test_a_video_or_a_number_of_people_that_cannot_be_extracted_is_refused(
+    pose_bundle: Bundle, models: DrawnModels
+) -> None:
+    people = ("people", "asks for 2, frame 0 of the video shows 1")
+    nobody = ("video", "shows nobody: no person was found in its 5 frames")
+    async with stage(pose_bundle) as pose:
+        assert await pose.refused("ExtractPose", extraction(people=2), driving(walking(5))) == (people,)
+        assert await pose.refused("ExtractPose", extraction(), driving(walking(5, without=range(5)))) == (nobody,)
+        short = ("video", "must have at least 5 frames, got 4")
+        assert await pose.refused("ExtractPose", extraction(), driving(walking(4))) == (short,)
+        [(field, _)] = await pose.refused("ExtractPose", extraction(), [*sent(b"no"), driving(walking(5))[1]])
+        assert field == "video"
+        missing = (("reference_image", "is missing"),)
+        assert await pose.refused("ExtractPose", extraction(), sent(lossless_mp4(walking(5)))) == missing
+        mask = WireTensor.from_bytes("mask_video", b"x")
+        with pytest.raises(NotThereYet, match="mask_video is not there yet"):
+            await pose.ask("ExtractPose", extraction(), [*driving(walking(5)), mask])
+
+
+async def test_wrong_fields_of_an_extraction_or_a_drawing_are_named(pose_bundle: Bundle, models: DrawnModels) -> None:
+    fields: dict[str, Any] = {"people": 6, "preset": "best", "mask_expand": 51, "mask_backend": "none", "max_frames": 6}
+    violations = {
+        "max_frames": "must be 4k + 1, got 6",
+        "people": "must be 0 to 5, got 6",
+        "preset": "must be wan2gp or official or empty, got best",
+        "mask_expand": "must be -10 to 50, got 51",
+        "mask_backend": "must be sam2 or matanyone or empty, got none",
+    }
+    async with stage(pose_bundle) as pose:
+        assert await pose.refused("ExtractPose", extraction(**fields)) == tuple(violations.items())
+        wrong = drawing(33, preset="best")
+        expected = (("height", "must be a multiple of 32, got 33"), ("preset", violations["preset"]))
+        assert await pose.refused("RenderPose", wrong) == expected
+
+
+@pytest.mark.parametrize(
+    ("joints", "keypoints", "violation"),
+    [
+        ((4, 1), (4, 1), ("joints", "must have 4k + 1 frames, 5 to 10000, got 4")),
+        ((5, 6), (5, 6), ("joints", "must be 1 to 5, got 6")),
+        ((5, 1), (5, 2), ("keypoints", "must have the shape [5, 1, 134, 3], got [5, 2, 134, 3]")),
+    ],
+)
+async def test_joints_of_the_wrong_shape_are_refused(
+    bundle: Bundle, joints: tuple[int, int], keypoints: tuple[int, int], violation: tuple[str, str]
+) -> None:
+    tensors = [
+        WireTensor.from_numpy("joints", np.zeros((*joints, 24, 3), np.float32)),
+        WireTensor.from_numpy("keypoints", np.zeros((*keypoints, 134, 3), np.float32)),
+    ]
+    async with stage(bundle) as pose:
+        assert await pose.refused("RenderPose", drawing(), tensors) == (violation,)
+
+
+async def test_joints_that_are_no_numbers_or_nowhere_near_are_refused(bundle: Bundle) -> None:
+    async with stage(bundle) as pose:
+        for name, value in (("joints", np.nan), ("joints", np.inf), ("keypoints", 101), ("keypoints", np.nan)):
+            values = {"joints": standing(5), "keypoints": np.zeros((5, 1, 134, 3), np.float32)}
+            values[name][4, 0, -1, -1] = value
+            tensors = [WireTensor.from_numpy(name, array) for name, array in values.items()]
+            [(field, text)] = await pose.refused("RenderPose", drawing(), tensors)
+            assert (field, text[:26]) == (name, "must be finite and within ")
+
+
+async def test_a_camera_without_a_focal_length_is_refused(bundle: Bundle) -> None:
+    camera = np.eye(3, dtype=np.float32)
+    tensors = {"joints": standing(5), "keypoints": np.zeros((5, 1, 134, 3), np.float32), "camera": camera}
+    async with stage(bundle) as pose:
+        for place in ((0, 0), (1, 1)):
+            tensors["camera"] = camera.copy()
+            tensors["camera"][place] = 0
+            sent_tensors = [WireTensor.from_numpy(name, array) for name, array in tensors.items()]
+            violations = await pose.refused("RenderPose", drawing(), sent_tensors)
+            assert violations == (("camera", "must have focal lengths of 1 at least"),)
+
+
+async def test_real_networks_are_loaded_fed_and_reported(
+    pose_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.pose.models.load_nlf", lambda *_, **__: nlf_estimator(FillsTheCrop()))
+    frames = [np.full((64, 64, 3), 20, np.uint8) for _ in range(5)]
+    for number, frame in enumerate(frames):
+        frame[8:56, 16 + number : 40 + number] = 200
+    async with stage(pose_bundle) as pose:
+        tensors = driving(frames, frames[2])
+        answers = await pose.ask("ExtractPose", extraction(64, 64, give_joints=True), tensors)
+        detector, whole_body, joints_3d = (await pose.status()).components
+    assert [c.name for c in (detector, whole_body, joints_3d)] == list(NETWORKS)
+    assert detector.size_bytes == (tmp_path / NETWORKS["person_detector"]).stat().st_size
+    assert (whole_body.dtype, joints_3d.parameters > 0) == ("float32", True)
+    joints = answers.one("joints").numpy()[:, 0]
+    # two metres ahead of a camera that looks at the person, who goes to the right by a pixel per frame
+    np.testing.assert_allclose(np.linalg.norm(joints.mean(axis=1), axis=-1), 2000, rtol=0.02)
+    assert (np.diff(joints[..., 0].mean(axis=1)) > 10).all()
+    assert series(answers, "pose_frames").shape == (5, 32, 32, 3)
+
+
+class FillsTheCrop(KnownAnswers):
+    """Sees points all over the crop, 2 m ahead, and is certain of them."""
+
+    def forward(self, crops: Tensor, intrinsics: Tensor, weights: PointWeights) -> tuple[Tensor, Tensor]:
+        count, side = len(weights.bias), crops.shape[-1]
+        x = torch.linspace(0, side, count)
+        pixels = torch.stack([x, x.roll(count // 2), torch.ones(count)], dim=-1)
+        ahead = pixels @ torch.linalg.inv(intrinsics).mT * 2000
+        return ahead, torch.full(ahead.shape[:2], 0.01)
+
+
+async def test_a_client_that_leaves_stops_the_extraction(
+    pose_bundle: Bundle, models: DrawnModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, left = threading.Event(), threading.Event()
+    people = models.people
+
+    def slow(frames: Any, *, phantom: bool) -> Any:
+        if len(models.batches) == 1:
+            started.set()
+            assert left.wait(20)
+        return people(frames, phantom=phantom)
+
+    monkeypatch.setattr(models, "people", slow)
+    video = driving(walking(5) * 32 + walking(1))
+    async with stage(pose_bundle) as pose:
+        async with pose.client.call(Budget.of(60)) as call:
+            answers = call.stream(call.stub.ExtractPose, extraction(), video)
+            await anext(answers)
+            await until(started.is_set)
+            await answers.aclose()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.05)
+        left.set()
+        await until(lambda: not pose.runtime.status().work)
+        # it stopped long before the 11 batches of the video
+        assert len(models.batches) <= 3
+        monkeypatch.setattr(models, "people", people)
+        again = await pose.ask("ExtractPose", extraction(max_frames=5), video)
+    assert len(series(again, "pose_frames")) == 5
 
 
 async def test_a_client_that_leaves_stops_the_reading_and_frees_the_stage(
@@ -179,34 +419,34 @@ async def test_a_client_that_leaves_stops_the_reading_and_frees_the_stage(
 ) -> None:
     read, held, closed = 0, threading.Event(), threading.Event()
 
-    def endless(source: Source, field: str, limits: VideoLimits = LIMITS) -> Iterator[Frame]:
+    def held_at_20(source: Source, field: str, limits: VideoLimits = LIMITS) -> Iterator[Frame]:
         nonlocal read
         try:
             while True:
                 read += 1
-                if read == 20:
+                while read == 20:
                     held.set()
-                    assert left.wait(20)
+                    try:
+                        raise_if_cancelled()
+                    except WorkCancelled:
+                        break
+                    time.sleep(0.001)
                 yield np.zeros((32, 64, 3), np.uint8)
         finally:
             closed.set()
 
-    left = threading.Event()
     video = lossless_mp4(noise(401, 32, 64))
     async with stage(bundle) as pose:
         with monkeypatch.context() as patched:
-            patched.setattr("services.pose.service.read_frames", endless)
+            patched.setattr("services.pose.service.read_frames", held_at_20)
             async with pose.client.call(Budget.of(60)) as call:
                 answers = call.stream(call.stub.FitPoseVideo, first(), sent(video))
                 await anext(answers)
                 await until(held.is_set)
                 await answers.aclose()  # type: ignore[attr-defined]
-            await asyncio.sleep(0.05)
-            left.set()
             await until(closed.is_set)
             await until(lambda: not pose.runtime.status().work)
-        # it stopped long before the 401 frames of the video
-        assert read <= 32
+        assert read == 20
         assert len(series(await fit(pose, video, max_frames=5), "pose_frames")) == 5
 
 

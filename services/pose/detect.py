@@ -1,0 +1,145 @@
+"""Frames -> boxes of the people in them, by a YOLOX network.
+
+Source: YOLOX, Ge et al. 2021 (arXiv:2107.08430), fed and read as zai-org/SCAIL-Pose 830da75
+DWPoseProcess/dwpose/onnxdet.py does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.pose.bilinear import Frame, bilinear
+from services.pose.onnx import OnnxNetwork, WrongNetwork
+
+Boxes = npt.NDArray[np.float32]
+"""[n, 5]: left, top, right, bottom in pixels, score; best score first. Boxes may reach beyond the frame."""
+
+_PADDING = 114
+
+
+@dataclass(frozen=True)
+class YoloxConfig:
+    """What is taken for a person.
+
+    Attributes:
+        strides: pixels per cell of the network's grids, in the order of its output.
+        person: index of the class.
+        candidate_threshold: boxes of a higher score compete.
+        max_iou: of two that overlap by more than this, the better stays.
+        threshold: winners of a higher score are people.
+    """
+
+    strides: tuple[int, ...] = (8, 16, 32)
+    person: int = 0
+    candidate_threshold: float = 0.1
+    max_iou: float = 0.45
+    threshold: float = 0.3
+
+
+class YoloxDetector:
+    """Boxes of the people in each frame."""
+
+    def __init__(self, network: OnnxNetwork, config: YoloxConfig = YoloxConfig()) -> None:
+        """Raises WrongNetwork: its output is not that of YOLOX for its input."""
+        self.network, self.config = network, config
+        cells = sum((network.height // stride) * (network.width // stride) for stride in config.strides)
+        classes = config.person + 1
+        self._output, shape = next(iter(network.shapes.items()))
+        if len(network.shapes) > 1 or len(shape) != 2 or shape[0] != cells or shape[1] < 5 + classes:
+            raise WrongNetwork(
+                f"{network.source}: a YOLOX detector of {network.height}x{network.width} pictures gives one output "
+                f"[n, {cells}, 5 + at least {classes} classes], this network gives {network.gives}"
+            )
+
+    def detect(self, frames: Sequence[Frame]) -> list[Boxes]:
+        """People per frame.
+
+        Args:
+            frames: uint8 RGB [H, W, 3], of any size; all are held in memory at the network's size.
+        """
+        height, width = self.network.height, self.network.width
+        boxed = [letterbox(frame, height, width) for frame in frames]
+        pictures = np.empty((len(frames), 3, height, width), np.float32)
+        for picture, (canvas, _) in zip(pictures, boxed, strict=True):
+            picture[:] = canvas[..., ::-1].transpose(2, 0, 1)  # BGR, as the network was trained
+        raw = self.network.run(pictures)[self._output]
+        return [self._people(cells, ratio) for cells, (_, ratio) in zip(raw, boxed, strict=True)]
+
+    def _people(self, raw: npt.NDArray[np.float32], ratio: float) -> Boxes:
+        found = candidates(raw, self.network.height, self.network.width, ratio, self.config)
+        winners = suppress(found, self.config.max_iou)
+        return winners[winners[:, 4] > self.config.threshold]
+
+
+def letterbox(frame: Frame, height: int, width: int) -> tuple[Frame, float]:
+    """A frame scaled to fit into the top left corner of a grey canvas.
+
+    Args:
+        frame: uint8 [H, W, 3].
+
+    Returns:
+        uint8 [height, width, 3], and pixels of the canvas per pixel of the frame.
+    """
+    ratio = min(height / frame.shape[0], width / frame.shape[1])
+    size = [max(1, int(side * ratio)) for side in frame.shape[:2]]
+    rows, columns = ((np.arange(new) + 0.5) * (old / new) - 0.5 for new, old in zip(size, frame.shape[:2], strict=True))
+    canvas = np.full((height, width, frame.shape[2]), _PADDING, np.uint8)
+    canvas[: size[0], : size[1]] = bilinear(frame, rows, columns, outside="edge")
+    return canvas, ratio
+
+
+def candidates(
+    raw: npt.NDArray[np.float32], height: int, width: int, ratio: float, config: YoloxConfig = YoloxConfig()
+) -> Boxes:
+    """Boxes that may be people, of one picture.
+
+    Args:
+        raw: [cells, 5 + classes]: place in the cell, log size, objectness, class scores; grids one after the other,
+            each row by row.
+        height, width: of the network's input.
+        ratio: pixels of it per pixel of the frame.
+
+    Returns:
+        in the order of the cells.
+    """
+    scores = raw[:, 4] * raw[:, 5 + config.person]
+    chosen = scores > config.candidate_threshold
+    cells, strides = (values[chosen] for values in _grids(height, width, config.strides))
+    middle = (raw[chosen, :2] + cells) * strides
+    half = np.exp(raw[chosen, 2:4]) * strides / 2
+    corners = np.concatenate([middle - half, middle + half], axis=1) / np.float32(ratio)
+    return np.concatenate([corners, scores[chosen, None]], axis=1)
+
+
+def _grids(height: int, width: int, strides: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """x and y [cells, 2] of every cell in cells of its own grid, and its stride [cells, 1]."""
+    cells, sizes = [], []
+    for stride in strides:
+        y, x = np.indices((height // stride, width // stride), np.float32).reshape(2, -1)
+        cells.append(np.stack([x, y], axis=1))
+        sizes.append(np.full((len(x), 1), stride, np.float32))
+    return np.concatenate(cells), np.concatenate(sizes)
+
+
+def suppress(boxes: Boxes, max_iou: float) -> Boxes:
+    """Greedy non-maximum suppression among boxes of one class; other classes never suppress people."""
+    remaining = boxes[np.argsort(-boxes[:, 4], kind="stable")]
+    winners = [remaining[:0]]
+    while len(remaining):
+        winners.append(remaining[:1])
+        overlaps = iou(remaining[0], remaining[1:])
+        remaining = remaining[1:][overlaps <= max_iou]
+    return np.concatenate(winners)
+
+
+def iou(box: npt.NDArray[np.float32], others: Boxes) -> npt.NDArray[np.float32]:
+    """Intersection over union of one box [5] with others; corners are pixels that belong to the box, hence the + 1."""
+    sides = np.minimum(box[2:4], others[:, 2:4]) - np.maximum(box[:2], others[:, :2]) + 1
+    intersection = np.maximum(sides, 0).prod(axis=1)
+    areas = (others[:, 2:4] - others[:, :2] + 1).prod(axis=1)
+    overlaps: npt.NDArray[np.float32] = intersection / ((box[2:4] - box[:2] + 1).prod() + areas - intersection)
+    return overlaps

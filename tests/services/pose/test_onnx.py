@@ -1,0 +1,251 @@
+"""ONNX files as networks: reading them, batches, devices, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+from bunraku.errors import OutOfMemory, StageBroken
+from runtime.bundles import BundleError
+from runtime.gpu import GpuThread, device_fault
+from services.pose.onnx import OnnxNetwork, OnnxSettings, Pictures, WrongNetwork, providers
+from training.tiny_onnx import Graph
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+SETTINGS = OnnxSettings(device="cpu", num_threads=1)
+
+
+def doubling(batch: int | str) -> bytes:
+    """Twice the picture, and its brightest level."""
+    graph = Graph()
+    graph.add("Add", "pictures", "pictures", output="twice")
+    graph.add("ReduceMax", "pictures", axes=(1, 2, 3), keepdims=0, output="brightest")
+    return graph.model({"pictures": (batch, 3, 2, 4)}, {"twice": (batch, 3, 2, 4), "brightest": (batch,)})
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., OnnxNetwork]:
+    def load(content: bytes, settings: OnnxSettings = SETTINGS) -> OnnxNetwork:
+        path = tmp_path / "network.onnx"
+        path.write_bytes(content)
+        return OnnxNetwork.load(path, settings)
+
+    return load
+
+
+@dataclass
+class Value:
+    name: str
+    shape: Sequence[int | str | None]
+    type: str = "tensor(float)"
+
+
+@dataclass
+class FakeSession:
+    """Gives the mean of each picture, or does what `act` does; remembers how many pictures each run had."""
+
+    batch: int | str = "batch"
+    act: Callable[[Pictures], None] = lambda pictures: None
+    runs: list[int] = field(default_factory=list)
+
+    def get_inputs(self) -> list[Any]:
+        return [Value("pictures", (self.batch, 3, 2, 4))]
+
+    def get_outputs(self) -> list[Any]:
+        return [Value("mean", (self.batch,))]
+
+    def get_providers(self) -> list[str]:
+        return [CPU]
+
+    def run(self, output_names: Sequence[str], input_feed: Mapping[str, Pictures]) -> list[Any]:
+        pictures = input_feed["pictures"]
+        self.runs.append(len(pictures))
+        self.act(pictures)
+        return [pictures.mean(axis=(1, 2, 3))]
+
+
+def pictures(count: int) -> Pictures:
+    return np.random.default_rng(0).random((count, 3, 2, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 3, "any"])
+def test_any_number_of_pictures_gives_each_its_own_output(load: Callable[..., OnnxNetwork], batch: int | str) -> None:
+    network = load(doubling(batch), OnnxSettings(device="cpu", num_threads=1, max_batch=4))
+    for count in (1, 3, 7):
+        outputs = network.run(pictures(count))
+        np.testing.assert_array_equal(outputs["twice"], 2 * pictures(count))
+        np.testing.assert_array_equal(outputs["brightest"], pictures(count).max(axis=(1, 2, 3)))
+
+
+def test_no_pictures_give_empty_outputs(load: Callable[..., OnnxNetwork]) -> None:
+    outputs = load(doubling(1)).run(pictures(0))
+    assert {name: values.shape for name, values in outputs.items()} == {"twice": (0, 3, 2, 4), "brightest": (0,)}
+
+
+def test_names_and_sizes_are_read_from_the_file(load: Callable[..., OnnxNetwork]) -> None:
+    network = load(doubling("any"))
+    assert (network.height, network.width, network.batch) == (2, 4, SETTINGS.max_batch)
+    assert network.shapes == {"twice": (3, 2, 4), "brightest": ()}
+    assert network.provider == CPU
+
+
+def test_a_free_first_axis_is_used_up_to_the_limit() -> None:
+    session = FakeSession()
+    network = OnnxNetwork(session, "fake", max_batch=4)
+    session.runs.clear()
+    network.run(pictures(10))
+    assert session.runs == [4, 4, 2]
+
+
+def test_a_fixed_first_axis_is_filled_up() -> None:
+    session = FakeSession(batch=3)
+    network = OnnxNetwork(session, "fake", max_batch=8)
+    outputs = network.run(pictures(4))
+    assert set(session.runs) == {3}
+    np.testing.assert_allclose(outputs["mean"], pictures(4).mean(axis=(1, 2, 3)), rtol=1e-6)
+
+
+def test_a_first_axis_that_is_free_in_name_only_is_run_one_by_one(load: Callable[..., OnnxNetwork]) -> None:
+    graph = Graph()
+    graph.add("Reshape", "pictures", graph.integers(1, 24), output="flat")
+    network = load(graph.model({"pictures": ("batch", 3, 2, 4)}, {"flat": ("batch", 24)}))
+    assert network.batch == 1
+    np.testing.assert_array_equal(network.run(pictures(3))["flat"], pictures(3).reshape(3, 24))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({"a": (1, 3, 2, 4), "b": (1, 3, 2, 4)}, "a tensor"),
+        ({"a": (1, 1, 2, 4)}, r"\[1, 1, 2, 4\]"),
+        ({"a": (1, 3, 24)}, r"\[1, 3, 24\]"),
+        ({"a": (1, 3, "height", 4)}, "height"),
+    ],
+)
+def test_a_file_that_takes_no_pictures_is_named_with_what_it_takes(
+    load: Callable[..., OnnxNetwork], inputs: dict[str, tuple[int | str, ...]], named: str
+) -> None:
+    graph = Graph()
+    graph.add("Identity", "a", output="out")
+    with pytest.raises(WrongNetwork, match=rf"network\.onnx.*{named}"):
+        load(graph.model(inputs, {"out": inputs["a"]}))
+
+
+def test_a_file_that_is_no_onnx_is_named(load: Callable[..., OnnxNetwork]) -> None:
+    with pytest.raises(WrongNetwork, match=r"network\.onnx is not an ONNX file"):
+        load(b"a checkpoint of another kind")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongNetwork, match=r"absent\.onnx"):
+        OnnxNetwork.load(tmp_path / "absent.onnx", SETTINGS)
+
+
+def test_a_wrong_file_ends_a_stage_like_a_wrong_bundle() -> None:
+    assert issubclass(WrongNetwork, BundleError)
+
+
+@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA")
+def test_cuda_that_is_asked_for_and_absent_is_an_error(load: Callable[..., OnnxNetwork]) -> None:
+    with pytest.raises(WrongNetwork, match=CUDA):
+        load(doubling(1), OnnxSettings(device="cuda"))
+
+
+def test_the_best_device_comes_first_and_the_cpu_last() -> None:
+    def chosen(available: Sequence[str], **settings: Any) -> list[str]:
+        return [name for name, _ in providers(OnnxSettings(**settings), available)]
+
+    everything = [TENSORRT, CUDA, CPU]
+    assert chosen([CPU]) == [CPU]
+    assert chosen(everything) == [CUDA, CPU]
+    assert chosen(everything, device="cpu") == [CPU]
+    assert chosen(everything, tensorrt_cache=Path("engines")) == [TENSORRT, CUDA, CPU]
+
+
+def test_the_device_number_is_passed_on() -> None:
+    chosen = providers(OnnxSettings(device="cuda:2", tensorrt_cache=Path("engines")), [TENSORRT, CUDA, CPU])
+    assert [options.get("device_id") for _, options in chosen] == ["2", "2", None]
+
+
+def test_what_this_build_lacks_is_named() -> None:
+    for settings, missing in ((OnnxSettings(device="cuda"), CUDA), (OnnxSettings(tensorrt_cache=Path("x")), TENSORRT)):
+        with pytest.raises(WrongNetwork, match=missing):
+            providers(settings, [CPU])
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:first", "cuda:-1"])
+def test_an_unknown_device_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=device):
+        providers(OnnxSettings(device=device), [CUDA, CPU])
+
+
+def test_settings_out_of_bounds_are_refused() -> None:
+    for num_threads in (0, 65):
+        with pytest.raises(ValueError, match=f"num_threads must be 1 to 64, got {num_threads}"):
+            OnnxSettings(num_threads=num_threads)
+    with pytest.raises(ValueError, match="max_batch must be at least 1"):
+        OnnxSettings(max_batch=0)
+    with pytest.raises(ValueError, match="device is cpu"):
+        OnnxSettings(device="cpu", tensorrt_cache=Path("engines"))
+
+
+def failing(text: str) -> Callable[[Pictures], None]:
+    """Fails for pictures that are not black, so not while the network is tried."""
+
+    def act(pictures: Pictures) -> None:
+        if pictures.any():
+            raise states.RuntimeException(text)
+
+    return act
+
+
+def test_memory_that_is_short_is_said_so() -> None:
+    network = OnnxNetwork(FakeSession(act=failing("Failed to allocate memory for requested buffer of size 9")), "fake")
+    with pytest.raises(OutOfMemory, match="size 9"):
+        network.run(pictures(1))
+
+
+def test_a_fault_of_the_device_is_known_to_the_stage() -> None:
+    network = OnnxNetwork(FakeSession(act=failing("CUDA failure 700: an illegal memory access")), "fake")
+    with pytest.raises(RuntimeError) as caught:
+        network.run(pictures(1))
+    assert isinstance(device_fault(caught.value), StageBroken)
+
+
+def test_other_errors_of_onnxruntime_are_left_as_they_are() -> None:
+    network = OnnxNetwork(FakeSession(act=failing("a shape does not fit")), "fake")
+    with pytest.raises(states.RuntimeException, match="a shape"):
+        network.run(pictures(1))
+
+
+async def test_cancelled_work_stops_before_the_next_batch() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait(pictures: Pictures) -> None:
+        if pictures.any():
+            entered.set()
+            leave.wait(timeout=10)
+
+    session = FakeSession(batch=1, act=wait)
+    network = OnnxNetwork(session, "fake")
+    session.runs.clear()
+    thread = GpuThread()
+    work = asyncio.ensure_future(thread.run(lambda: network.run(pictures(5))))
+    await asyncio.to_thread(entered.wait, 10)
+    work.cancel()
+    # the flag is set by the loop, so it must have had a turn
+    await asyncio.sleep(0)
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert session.runs == [1]
+    thread.shutdown()
