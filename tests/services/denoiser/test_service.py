@@ -250,6 +250,14 @@ async def test_without_guidance_no_negative_prompt_is_needed_or_used(bundle: Bun
     assert torch.equal(latents(plain), direct(bundle, "dpm++", 2, 1.0, 3.0))
 
 
+async def test_any_other_guidance_needs_a_negative_prompt(bundle: Bundle) -> None:
+    async with stage(bundle) as denoiser:
+        for guidance_scale in (0, 0.5, 1.5):
+            request = first(guidance_scale=guidance_scale)
+            violations = await denoiser.refused("Denoise", request, without("negative_prompt_embeds"))
+            assert violations == (("negative_prompt_embeds", "is missing"),)
+
+
 async def test_the_smallest_video_can_be_made(bundle: Bundle) -> None:
     tensors = {
         **CONDITIONING,
@@ -537,17 +545,17 @@ async def begun(of: Stage, blocks: Blocks, **changes: Any) -> AsyncIterator[asyn
 
 async def test_a_client_that_cancels_stops_the_device_within_one_block(bundle: Bundle) -> None:
     async with stage(bundle) as denoiser:
-        blocks = Blocks(denoiser.service, hold_at=7)
+        blocks = Blocks(denoiser.service, hold_at=5)
         async with begun(denoiser, blocks) as task:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
         await until(lambda: not denoiser.runtime.status().work)
-        await until(lambda: blocks.ran == 8)
+        await until(lambda: blocks.ran == 6)
         # the device is free: the next run is served, and the one that was cancelled ran no further block
         blocks.hold_at = -1
         await run(denoiser, num_inference_steps=1)
-        assert blocks.ran == 8 + 2 * LAYERS
+        assert blocks.ran == 6 + 2 * LAYERS
 
 
 async def test_a_deadline_stops_the_device_within_one_block(bundle: Bundle) -> None:
