@@ -10,14 +10,16 @@ deepbeepmeep/Wan2GP 8681e9f). Architecture: Peebles & Xie 2022 (arXiv:2212.09748
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.denoiser.attention import AUTO, Attention
-from services.denoiser.rope import Rope, rotate
+from services.denoiser.glue import PLAIN, Consumer, Glue, Prepared, modulated
+from services.denoiser.rope import Rope
 
 _CLIP_EPS = 1e-5  # the image projection keeps PyTorch's default where the blocks have 1e-6
 
@@ -75,6 +77,8 @@ class Context:
 
     text: Tensor  # [B, text_len, D]
     image: Tensor | None  # [B, image tokens, D], None without an image branch
+    # Keys and values that each cross-attention has made of them: the same at every step
+    made: dict[CrossAttention, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,11 @@ class Linear(nn.Linear):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    def prepare(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.weight.dtype)
+
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(self.prepare(inputs), self.weight, self.bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -145,10 +152,11 @@ class PatchEmbedding(nn.Conv3d):
 class AttentionLayer(nn.Module):
     """What self- and cross-attention share: four projections, norms over all heads at once, the kernel."""
 
-    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+    def __init__(self, config: TransformerConfig, attention: Attention, glue: Glue) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.attention = attention
+        self.glue = glue
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, config.dim)
         self.v = Linear(config.dim, config.dim)
@@ -160,17 +168,19 @@ class AttentionLayer(nn.Module):
         """[B, L, D] -> [B, L, H, d]."""
         return torch.unflatten(tokens, -1, (self.num_heads, -1))
 
+    def normed(self, projected: Tensor, norm: RMSNorm, rope: Rope | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, H, d], turned to the tokens' positions where there are any."""
+        return self.glue.turn(projected, norm.eps, norm.weight, self.num_heads, rope)
+
 
 class SelfAttention(AttentionLayer):
     """Attention of all tokens to all tokens, at rotary positions."""
 
-    def project(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [B, L, D], each by itself -> queries, keys, values [B, L, H, d] in the linears' dtype."""
-        tokens = tokens.to(self.q.compute_dtype)  # once for all three
-        queries, keys, values = self.q(tokens), self.k(tokens), self.v(tokens)
-        turned_queries = rotate(self.split_heads(self.norm_q(queries)), rope).to(queries.dtype)
-        turned_keys = rotate(self.split_heads(self.norm_k(keys)), rope).to(keys.dtype)
-        return turned_queries, turned_keys, self.split_heads(values)
+    def project(self, tokens: Prepared, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [B, L, D] as the linears take them -> queries, keys, values [B, L, H, d] in the linears' dtype."""
+        queries = self.normed(self.q(tokens), self.norm_q, rope)
+        keys = self.normed(self.k(tokens), self.norm_k, rope)
+        return queries, keys, self.split_heads(self.v(tokens))
 
 
 class CrossAttention(AttentionLayer):
@@ -179,26 +189,34 @@ class CrossAttention(AttentionLayer):
     Two softmaxes share the queries and are summed before the output projection. Padded text takes part.
     """
 
-    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
-        super().__init__(config, attention)
+    def __init__(self, config: TransformerConfig, attention: Attention, glue: Glue) -> None:
+        super().__init__(config, attention, glue)
         if config.image_dim is not None:
             self.k_img = Linear(config.dim, config.dim)
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """tokens [B, L, D], each by itself -> [B, L, D] in the linears' dtype."""
-        queries = self.q(tokens)
-        queries = self.split_heads(self.norm_q(queries).to(queries.dtype))
-        attended = self.attend(queries, self.norm_k(self.k(context.text)), self.v(context.text))
-        if context.image is not None:
-            image_keys = self.norm_k_img(self.k_img(context.image))
-            attended = attended + self.attend(queries, image_keys, self.v_img(context.image))
+    def forward(self, tokens: Prepared, context: Context) -> Tensor:
+        """tokens [B, L, D] as the linears take them -> [B, L, D] in the linears' dtype."""
+        queries = self.normed(self.q(tokens), self.norm_q)
+        (keys, values), *images = self.keys_and_values(context)
+        attended = self.attention(queries, keys, values)
+        for keys, values in images:
+            attended = attended + self.attention(queries, keys, values)
         output: Tensor = self.o(attended.flatten(2))
         return output
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.attention(queries, self.split_heads(keys.to(values.dtype)), self.split_heads(values))
+    def keys_and_values(self, context: Context) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Of the text, then of the image if there is one: [B, n, H, d] each. Kept in the context, but not in training."""
+        if self in context.made:
+            return context.made[self]
+        made = [(self.normed(self.k(context.text), self.norm_k), self.split_heads(self.v(context.text)))]
+        if context.image is not None:
+            keys = self.normed(self.k_img(context.image), self.norm_k_img)
+            made.append((keys, self.split_heads(self.v_img(context.image))))
+        if not torch.is_grad_enabled():
+            context.made[self] = tuple(made)
+        return tuple(made)
 
 
 class Block(nn.Module):
@@ -208,13 +226,14 @@ class Block(nn.Module):
     may also be run on some of the tokens at a time.
     """
 
-    def __init__(self, config: TransformerConfig, attention: Attention) -> None:
+    def __init__(self, config: TransformerConfig, attention: Attention, glue: Glue) -> None:
         super().__init__()
+        self.glue = glue
         self.modulation = modulation_table(6, config.dim)
         self.norm1 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config, attention)
+        self.self_attn = SelfAttention(config, attention, glue)
         self.norm3 = LayerNorm(config.dim, config.eps)
-        self.cross_attn = CrossAttention(config, attention)
+        self.cross_attn = CrossAttention(config, attention, glue)
         self.norm2 = LayerNorm(config.dim, config.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
@@ -229,15 +248,18 @@ class Block(nn.Module):
     def project(self, tokens: Tensor, time: TimeEmbedding, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, H, d] of self-attention."""
         shift, scale = self.modulation_rows(time)[:2]
-        return self.self_attn.project(modulated(self.norm1(tokens), shift[time.row], scale[time.row]), rope)
+        return self.self_attn.project(
+            self.glue.modulate(tokens, self.norm1.eps, shift, scale, time.row, self.self_attn.q), rope
+        )
 
     def update(self, tokens: Tensor, attended: Tensor, time: TimeEmbedding, context: Context) -> Tensor:
         """Residual stream after the block, given what self-attention gathered, both [B, L, D]."""
         gate, shift, scale, ffn_gate = self.modulation_rows(time)[2:]
-        tokens = torch.addcmul(tokens, gate[time.row], self.self_attn.o(attended))
-        tokens = tokens + self.cross_attn(self.norm3(tokens), context)
-        hidden = self.ffn(modulated(self.norm2(tokens), shift[time.row], scale[time.row]))
-        return torch.addcmul(tokens, ffn_gate[time.row], hidden)
+        tokens = self.glue.add(tokens, self.self_attn.o(attended), gate, time.row)
+        normed = self.glue.normalise(tokens, self.norm3.eps, self.norm3.weight, self.norm3.bias, self.cross_attn.q)
+        tokens = self.glue.add(tokens, self.cross_attn(normed, context), None, time.row)
+        hidden = self.glue.modulate(tokens, self.norm2.eps, shift, scale, time.row, cast(Consumer, self.ffn[0]))
+        return self.glue.add(tokens, self.ffn(hidden), ffn_gate, time.row)
 
     def modulation_rows(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
         """Shift, scale and gate of self-attention, then of the FFN: six of [n, D], a row per distinct timestep."""
@@ -282,7 +304,7 @@ class ImageProjection(nn.Module):
 class DiffusionTransformer(nn.Module):
     """Predicts velocity = noise - clean latents."""
 
-    def __init__(self, config: TransformerConfig, attention: Attention = AUTO) -> None:
+    def __init__(self, config: TransformerConfig, attention: Attention = AUTO, glue: Glue = PLAIN) -> None:
         super().__init__()
         self.config = config
         self.patch_embedding = PatchEmbedding(config.in_dim, config.dim, config.patch)
@@ -297,7 +319,7 @@ class DiffusionTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
         if config.image_dim is not None:
             self.img_emb = ImageProjection(config.image_dim, config.dim)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, attention, glue) for _ in range(config.num_layers))
         self.head = Head(config)
 
     def forward(
@@ -373,11 +395,6 @@ def modulation_table(rows: int, dim: int) -> nn.Parameter:
     """[1, rows, dim] with standard deviation dim^-0.5; uniform, as drawing normals on the meta device takes seconds."""
     bound = (3 / dim) ** 0.5
     return nn.Parameter(torch.empty(1, rows, dim).uniform_(-bound, bound))
-
-
-def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """normed * (1 + scale) + shift, in one pass."""
-    return torch.addcmul(shift, normed, 1 + scale)
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:

@@ -68,9 +68,12 @@ class Int8Linear(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
+    def prepare(self, inputs: Tensor) -> Tensor:
+        return inputs.to(self.compute_dtype)
+
     def forward(self, inputs: Tensor) -> Tensor:
         weight: Tensor = self.weight()
-        return F.linear(inputs.to(weight.dtype), weight, self.bias)
+        return F.linear(self.prepare(inputs), weight, self.bias)
 
 
 def quantize_modules(model: nn.Module, names: Iterable[str]) -> None:

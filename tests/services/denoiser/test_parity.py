@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import tests.parity.denoiser as checks
-from services.denoiser import conditioning, denoise, model, quantisation, rope, sampling
+from services.denoiser import conditioning, denoise, glue, model, quantisation, rope, sampling
 from tests.parity.cases import Case, cases
 from tests.parity.families import check_for
 from tests.parity.manifests import Manifest, manifests
@@ -126,8 +126,8 @@ GUIDED, PREDICT, QUANTIZE = denoise._guided_velocity, sampling.UniPC.predict, qu
 MUTATIONS: list[tuple[str, object, str, object]] = [
     ("time-embedding", checks, "sinusoid", sine_first),
     ("dit-t2v", model, "sinusoid", sine_first),
-    ("dit-t2v", model, "rotate", backwards),
-    ("dit-i2v22", model, "modulated", scaled_only),
+    ("dit-t2v", glue, "rotate", backwards),
+    ("dit-i2v22", glue, "modulated", scaled_only),
     ("dit-i2v21", model, "_CLIP_EPS", 1e-1),
     ("dit-scail", rope, "POSE_COLUMN_OFFSET", 119),
     ("dit-scail", rope, "_pooled", unpooled_mean),

@@ -43,19 +43,19 @@ def prompt(config: TransformerConfig) -> Prompt:
     )
 
 
-def animation_of(frames: int = 2, pose_time_origin: int = 1) -> Conditioning:
+def animation_of(frames: int = 2, pose_time_origin: int = 1, head_dim: int = SCAIL.head_dim) -> Conditioning:
     """SCAIL conditioning of a clip of 8x8 latents."""
     return animation(
         normal(1, 16, 1, 8, 8, seed=4),
         normal(1, 16, frames, 4, 4, seed=5),
-        SCAIL.head_dim,
+        head_dim,
         pose_time_origin=pose_time_origin,
     )
 
 
 def predict_animation(model: DiffusionTransformer) -> Tensor:
     """Velocity of a SCAIL model for the same inputs every time."""
-    conditioning, embeds = animation_of(), prompt(SCAIL)
+    conditioning, embeds = animation_of(head_dim=model.config.head_dim), prompt(SCAIL)
     with torch.no_grad():
         context = model.embed_context(embeds.prompt_embeds, embeds.image_embeds)
         velocity: Tensor = model(
