@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.denoiser.attention import AUTO, Attention
-from services.denoiser.glue import PLAIN, Consumer, Glue, Prepared, modulated
+from services.denoiser.glue import PLAIN, Affine, Consumer, Glue, Prepared, Update
 from services.denoiser.rope import Rope
 
 _CLIP_EPS = 1e-5  # the image projection keeps PyTorch's default where the blocks have 1e-6
@@ -248,18 +248,21 @@ class Block(nn.Module):
     def project(self, tokens: Tensor, time: TimeEmbedding, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, H, d] of self-attention."""
         shift, scale = self.modulation_rows(time)[:2]
-        return self.self_attn.project(
-            self.glue.modulate(tokens, self.norm1.eps, shift, scale, time.row, self.self_attn.q), rope
-        )
+        affine = Affine(self.norm1.eps, scale, shift, time.row, plus=1)
+        _, prepared = self.glue.normed(tokens, None, affine, self.self_attn.q)
+        return self.self_attn.project(prepared, rope)
 
     def update(self, tokens: Tensor, attended: Tensor, time: TimeEmbedding, context: Context) -> Tensor:
         """Residual stream after the block, given what self-attention gathered, both [B, L, D]."""
         gate, shift, scale, ffn_gate = self.modulation_rows(time)[2:]
-        tokens = self.glue.add(tokens, self.self_attn.o(attended), gate, time.row)
-        normed = self.glue.normalise(tokens, self.norm3.eps, self.norm3.weight, self.norm3.bias, self.cross_attn.q)
-        tokens = self.glue.add(tokens, self.cross_attn(normed, context), None, time.row)
-        hidden = self.glue.modulate(tokens, self.norm2.eps, shift, scale, time.row, cast(Consumer, self.ffn[0]))
-        return self.glue.add(tokens, self.ffn(hidden), ffn_gate, time.row)
+        only = time.row.new_zeros(1, 1)  # every token takes the only row of norm3
+        update = Update(self.self_attn.o(attended), gate, time.row)
+        affine = Affine(self.norm3.eps, self.norm3.weight[None], self.norm3.bias[None], only, plus=0)
+        tokens, prepared = self.glue.normed(tokens, update, affine, self.cross_attn.q)
+        update = Update(self.cross_attn(prepared, context), None, only)
+        affine = Affine(self.norm2.eps, scale, shift, time.row, plus=1)
+        tokens, prepared = self.glue.normed(tokens, update, affine, cast(Consumer, self.ffn[0]))
+        return self.glue.add(tokens, Update(self.ffn(prepared), ffn_gate, time.row))
 
     def modulation_rows(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
         """Shift, scale and gate of self-attention, then of the FFN: six of [n, D], a row per distinct timestep."""
@@ -279,7 +282,7 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor, time: TimeEmbedding) -> Tensor:
         """tokens [B, L, D] -> [B, L, 4 * out_dim], within a patch: row, column, channel (fastest)."""
         shift, scale = (self.modulation + time.embedding[:, None]).unbind(1)  # [n, D] each
-        patches: Tensor = self.head(modulated(self.norm(tokens), shift[time.row], scale[time.row]))
+        patches: Tensor = self.head(torch.addcmul(shift[time.row], self.norm(tokens), 1 + scale[time.row]))
         return patches
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from bunraku.errors import InvalidRequest, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
 from bunraku.v1 import denoiser_pb2_grpc
+from runtime import telemetry
 from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
 from runtime.gpu import gate_blocks
@@ -121,6 +122,15 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         return Run(self._model, solver, state, conditioning, prompt, digest)
 
     def _outcome_messages(self, outcome: Outcome, digest: str, context: Context) -> Iterator[Any]:
+        telemetry.STEP_SECONDS.record(outcome.seconds)
+        telemetry.event(
+            telemetry.EVENT_STEP,
+            {
+                telemetry.ATTRIBUTE_STEP: outcome.state.step,
+                telemetry.ATTRIBUTE_SIGMA: outcome.sigma,
+                telemetry.ATTRIBUTE_SECONDS: outcome.seconds,
+            },
+        )
         yield pb.DenoiseResponse(
             step=pb.DenoiseStep(completed_steps=outcome.state.step, sigma=outcome.sigma, seconds=outcome.seconds)
         )

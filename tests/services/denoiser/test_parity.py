@@ -90,8 +90,8 @@ def backwards(heads: Tensor, tables: rope.Rope) -> Tensor:
     return ROTATE(heads, rope.Rope(tables.cos, -tables.sin))
 
 
-def scaled_only(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return shift + normed * scale
+def scaled_only(eps: float, factor: Tensor, addend: Tensor, row: Tensor, plus: float) -> glue.Affine:
+    return AFFINE(eps, factor, addend, row, plus=0)
 
 
 def one_later(frames_given: int, *size: int) -> Tensor:
@@ -120,14 +120,14 @@ def floored(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).floor().clamp(-128, 127).to(torch.int8), scale
 
 
-SINUSOID, ROTATE, MASK = model.sinusoid, rope.rotate, conditioning.known_frames_mask
+SINUSOID, ROTATE, MASK, AFFINE = model.sinusoid, rope.rotate, conditioning.known_frames_mask, glue.Affine
 GUIDED, PREDICT, QUANTIZE = denoise._guided_velocity, sampling.UniPC.predict, quantisation.quantize_weight
 
 MUTATIONS: list[tuple[str, object, str, object]] = [
     ("time-embedding", checks, "sinusoid", sine_first),
     ("dit-t2v", model, "sinusoid", sine_first),
     ("dit-t2v", glue, "rotate", backwards),
-    ("dit-i2v22", glue, "modulated", scaled_only),
+    ("dit-i2v22", model, "Affine", scaled_only),
     ("dit-i2v21", model, "_CLIP_EPS", 1e-1),
     ("dit-scail", rope, "POSE_COLUMN_OFFSET", 119),
     ("dit-scail", rope, "_pooled", unpooled_mean),

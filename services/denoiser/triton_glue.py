@@ -1,0 +1,166 @@
+"""The glue of `glue.py` in Triton: each line of a block in one pass over the tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.denoiser.glue import PLAIN, Affine, Consumer, Glue, Prepared, Update
+from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
+from services.denoiser.rope import Rope
+from services.denoiser.triton_int8 import TritonArithmetic
+from services.denoiser.triton_rows import SMALLEST_GROUP, quantized, row_grid, row_shape, row_warps, sylvester, turned
+
+NORM_WARPS = 8
+
+
+class TritonGlue:
+    """On tensors of a CUDA device; what a kernel does not fit goes to `glue.PLAIN`."""
+
+    name = "triton"
+
+    def normed(self, tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
+        if not _fits(to):
+            return PLAIN.normed(tokens, update, affine, to)
+        return _normed(tokens.contiguous(), update, affine, to)
+
+    def turn(self, projected: Tensor, eps: float, weight: Tensor, num_heads: int, rope: Rope | None) -> Tensor:
+        batch, length, dim = projected.shape
+        width = dim // num_heads
+        if width & (width - 1):
+            return PLAIN.turn(projected, eps, weight, num_heads, rope)
+        flat = projected.flatten(0, 1).contiguous()
+        output = torch.empty_like(flat)
+        cos, sin = (rope.cos, rope.sin) if rope is not None else (weight, weight)
+        padded = triton.next_power_of_2(num_heads)
+        _turn_kernel[row_grid(flat)](
+            flat, weight, cos, sin, output, len(flat), length, eps,
+            HEADS=num_heads, PADDED=padded, WIDTH=width, ROPE=rope is not None, num_warps=row_warps(padded * width),
+        )  # fmt: skip
+        return output.view(batch, length, num_heads, width)
+
+    def add(self, tokens: Tensor, update: Update) -> Tensor:
+        flat, values = tokens.contiguous().flatten(0, 1), update.values.contiguous()
+        dim = flat.shape[1]
+        _add_kernel[(len(flat),)](
+            flat, values, values if update.gate is None else update.gate.contiguous(), update.row, dim,
+            tokens.shape[1], *_row_strides(update.row), GATED=update.gate is not None,
+            BLOCK=triton.next_power_of_2(dim), num_warps=8,
+        )  # fmt: skip
+        return flat.view(tokens.shape)
+
+
+def _fits(to: Consumer) -> bool:
+    """Whether the kernels make what this layer takes."""
+    if isinstance(to, TurnedInt8Linear):
+        return isinstance(to.arithmetic, TritonArithmetic) and to.group >= SMALLEST_GROUP
+    return to.compute_dtype in (torch.bfloat16, torch.float16)
+
+
+def _normed(tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
+    """`TritonGlue.normed` of contiguous tokens."""
+    flat = tokens.flatten(0, 1)
+    quantize = isinstance(to, TurnedInt8Linear)
+    groups, padded, columns = row_shape(flat.shape[1], to.group if isinstance(to, TurnedInt8Linear) else 1)
+    output = torch.empty_like(flat, dtype=torch.int8 if quantize else to.compute_dtype)
+    scale = torch.empty(len(flat), device=flat.device, dtype=torch.float32)
+    gated = update is not None and update.gate is not None
+    values = flat if update is None else update.values.contiguous()
+    gate, gate_row = (update.gate, update.row) if update is not None and update.gate is not None else (flat, affine.row)
+    _norm_kernel[row_grid(flat)](
+        flat, values, gate.contiguous(), gate_row, affine.factor.contiguous(), affine.addend.contiguous(), affine.row,
+        output, scale, sylvester(columns, flat.device), len(flat), tokens.shape[1], *_row_strides(gate_row),
+        *_row_strides(affine.row), affine.eps, float(affine.plus), GROUPS=groups, PADDED=padded, COLUMNS=columns,
+        ADD=update is not None, GATED=gated, QUANTIZE=quantize, num_warps=NORM_WARPS, num_stages=1,
+    )  # fmt: skip
+    if quantize:
+        return tokens, Int8Tokens(output.view(tokens.shape), scale.view(*tokens.shape[:-1], 1))
+    return tokens, output.view(tokens.shape)
+
+
+def _row_strides(row: Tensor) -> tuple[int, int]:
+    """Steps of `row` [B or 1, L or 1] from one sample, and from one token, to the next."""
+    batch, length = row.shape
+    return (0 if batch == 1 else row.stride(0)), (0 if length == 1 else row.stride(1))
+
+
+@triton.jit
+def _norm_kernel(
+    x, update, gate, gate_row, factor, addend, row, output, scale, matrix, tokens, length,
+    gate_batch, gate_token, row_batch, row_token, eps, plus,
+    GROUPS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    """ADD: x += gate * update, in place. Layer norm of x and its affine map; QUANTIZE: turned and as int8."""
+    WIDTH: tl.constexpr = GROUPS * COLUMNS
+    group = tl.arange(0, PADDED)[:, None]
+    place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = group < GROUPS
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        start = tl.cast(token, tl.int64) * WIDTH
+        sample, position = token // length, token % length
+        values = tl.load(x + start + place, mask=inside, other=0.0)
+        if ADD:
+            change = tl.load(update + start + place, mask=inside, other=0.0).to(tl.float32)
+            if GATED:
+                mine = tl.load(gate_row + sample * gate_batch + position * gate_token) * WIDTH
+                change = change * tl.load(gate + mine + place, mask=inside, other=0.0)
+            values = values + change
+            tl.store(x + start + place, values, mask=inside)
+        mean = tl.sum(tl.sum(values, axis=1), axis=0) / WIDTH
+        values = tl.where(inside, values - mean, 0.0)
+        variance = tl.sum(tl.sum(values * values, axis=1), axis=0) / WIDTH
+        mine = tl.load(row + sample * row_batch + position * row_token) * WIDTH
+        values = values * (1.0 / tl.sqrt(variance + eps))
+        values = values * (plus + tl.load(factor + mine + place, mask=inside, other=0.0))
+        values = values + tl.load(addend + mine + place, mask=inside, other=0.0)
+        if QUANTIZE:
+            numbers, step = quantized(turned(values, matrix, COLUMNS))
+            tl.store(output + start + place, numbers, mask=inside)
+            tl.store(scale + token, step)
+        else:
+            tl.store(output + start + place, values.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn_kernel(
+    x, weight, cos, sin, output, tokens, length, eps,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """RMS norm over all heads of a token; ROPE: then its pairs turned by the token's angles."""
+    head = tl.arange(0, PADDED)[:, None]
+    place = head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = head < HEADS
+    factor = tl.load(weight + place, mask=inside, other=0.0)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        start = tl.cast(token, tl.int64) * (HEADS * WIDTH)
+        values = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
+        square = tl.sum(tl.sum(values * values, axis=1), axis=0) / (HEADS * WIDTH)
+        values = values * (1.0 / tl.sqrt(square + eps)) * factor
+        if ROPE:
+            angle = (token % length) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+            c, s = tl.load(cos + angle), tl.load(sin + angle)
+            even, odd = tl.split(tl.reshape(values, (PADDED, WIDTH // 2, 2)))
+            values = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (PADDED, WIDTH))
+        tl.store(output + start + place, values.to(output.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_kernel(
+    x, update, gate, row, dim, length, row_batch, row_token, GATED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """x += gate * update, in place, a row per program."""
+    token = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    inside = place < dim
+    start = tl.cast(token, tl.int64) * dim
+    addend = tl.load(update + start + place, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        mine = tl.load(row + (token // length) * row_batch + (token % length) * row_token) * dim
+        addend = addend * tl.load(gate + mine + place, mask=inside, other=0.0)
+    tl.store(x + start + place, tl.load(x + start + place, mask=inside, other=0.0) + addend, mask=inside)
+
+
+TRITON: Glue = TritonGlue()

@@ -1,0 +1,68 @@
+"""What Triton kernels that treat a token's whole row at once share.
+
+A row is held as a tile [groups, columns]: a group is what a Hadamard matrix turns together. Triton's tiles are powers
+of two, so there are groups too many (5120 channels are 40 groups in a tile of 64), which are masked.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.denoiser.int8 import HIGHEST, LARGEST_GROUP, group_of
+
+SMALLEST_GROUP = 16  # of a matrix product in Triton
+_PROGRAMS_PER_PROCESSOR = 8
+_HIGHEST = tl.constexpr(float(HIGHEST))
+_SMALLEST = tl.constexpr(1e-12)
+
+
+def row_shape(width: int, group: int) -> tuple[int, int, int]:
+    """Groups of a row, the same rounded up to a power of two, and the columns of each."""
+    columns = group if group > 1 else group_of(width)
+    groups = width // columns
+    return groups, max(SMALLEST_GROUP, triton.next_power_of_2(groups)), columns
+
+
+def row_grid(rows: Tensor) -> tuple[int]:
+    """Programs for [tokens, D]: as many as run at once, each of which takes one token after another."""
+    if not rows.is_cuda:
+        return (2,)
+    processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
+    return (min(len(rows), processors * _PROGRAMS_PER_PROCESSOR),)
+
+
+def row_warps(numbers: int) -> int:
+    """Warps for a tile of so many numbers."""
+    return 8 if numbers > 8192 else 4
+
+
+@cache
+def sylvester(order: int, device: torch.device) -> Tensor:
+    """Hadamard's matrix [order, order] of 1 and -1, which bfloat16 holds exactly; not yet divided by order^0.5."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix.to(device, torch.bfloat16)
+
+
+@triton.jit
+def turned(values, matrix, COLUMNS: tl.constexpr):
+    """values [groups, COLUMNS] float32, rounded to bfloat16 and turned: float32."""
+    place = tl.arange(0, COLUMNS)
+    signs = tl.load(matrix + place[:, None] * COLUMNS + place[None, :])
+    return tl.dot(values.to(tl.bfloat16), signs) * (1.0 / tl.sqrt(COLUMNS * 1.0))
+
+
+@triton.jit
+def quantized(values):
+    """A row [groups, columns] float32 -> its int8 numbers and its scale."""
+    step = tl.maximum(tl.max(tl.max(tl.abs(values), axis=1), axis=0), _SMALLEST) / _HIGHEST
+    return tl.floor(values / step + 0.5).to(tl.int8), step
+
+
+assert LARGEST_GROUP >= SMALLEST_GROUP
