@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,9 +28,12 @@ from services.denoiser.attention import AUTO
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
+from services.denoiser.precision import arithmetic_of, default_precision, set_precision
 from services.denoiser.sampling import SOLVERS, Solver, SolverState, make_solver
 from services.denoiser.weights import load_transformer
 
+_log = logging.getLogger(__name__)
+AUTO_PRECISION = "auto"
 CHECKPOINT_PREFIX = "checkpoint."
 _TENSORS = (
     "prompt_embeds",
@@ -58,10 +62,11 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     full_name = pb.DESCRIPTOR.services_by_name["DenoiserService"].full_name
 
-    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+    def __init__(self, runtime: StageRuntime, bundle: Bundle, *, precision: str = AUTO_PRECISION) -> None:
+        """precision: of `precision.PRECISIONS`, or `auto`."""
         if bundle.task != "animate":
             raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
-        self._runtime, self._bundle = runtime, bundle
+        self._runtime, self._bundle, self._precision = runtime, bundle, precision
         self._model: DiffusionTransformer
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -78,9 +83,13 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             compute_dtype=compute_dtype(device),
             attention=AUTO,
         )
-        gate_blocks(self._model.blocks, device)
         self._runtime.components.append(loaded_component(component, self._model))
+        if self._precision == AUTO_PRECISION:
+            self._precision = default_precision(device)
+        set_precision(self._model, self._precision)
+        gate_blocks(self._model.blocks, device)
         self._runtime.attention_backend = AUTO.name
+        _log.info("precision %s: %s", self._precision, arithmetic_of(self._model))
 
     async def Denoise(self, requests: AsyncIterator[pb.DenoiseRequest], context: Context) -> AsyncIterator[Any]:
         first, tensors = await self._runtime.receive_call(requests, context, _TENSORS)
@@ -103,7 +112,8 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         expects = Expectations(self._model.config, plan)
         device = torch.device(self._runtime.device)
         wired = expects.inputs(tensors)
-        digest = run_digest(plan, wired, self._bundle.revision)
+        # another precision gives other bits, so its checkpoints are no others' to go on from
+        digest = run_digest(plan, wired, f"{self._bundle.revision} {self._precision}")
         inputs = {name: to_torch(tensor).to(device) for name, tensor in wired.items()}
         solver = make_solver(plan.solver, plan.num_inference_steps, plan.shift)
         conditioning = animation(

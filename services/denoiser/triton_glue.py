@@ -13,7 +13,8 @@ from services.denoiser.rope import Rope
 from services.denoiser.triton_int8 import TritonArithmetic
 from services.denoiser.triton_rows import SMALLEST_GROUP, quantized, row_grid, row_shape, row_warps, sylvester, turned
 
-NORM_WARPS = 8
+# Four programs on each processor, so that some load while others reduce (benchmarks/kernels.py --tune)
+NORM_WARPS, NORM_REGISTERS = 4, 128
 
 
 class TritonGlue:
@@ -24,7 +25,9 @@ class TritonGlue:
     def normed(self, tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
         if not _fits(to):
             return PLAIN.normed(tokens, update, affine, to)
-        return _normed(tokens.contiguous(), update, affine, to)
+        # The update as a kernel of its own: within the norm's it needs registers that hold more programs otherwise
+        tokens = tokens.contiguous() if update is None else self.add(tokens, update)
+        return tokens, _normed(tokens, affine, to)
 
     def turn(self, projected: Tensor, eps: float, weight: Tensor, num_heads: int, rope: Rope | None) -> Tensor:
         batch, length, dim = projected.shape
@@ -59,25 +62,22 @@ def _fits(to: Consumer) -> bool:
     return to.compute_dtype in (torch.bfloat16, torch.float16)
 
 
-def _normed(tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
-    """`TritonGlue.normed` of contiguous tokens."""
+def _normed(tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
+    """Layer norm of contiguous tokens with its affine map, as `to` takes it."""
     flat = tokens.flatten(0, 1)
     quantize = isinstance(to, TurnedInt8Linear)
     groups, padded, columns = row_shape(flat.shape[1], to.group if isinstance(to, TurnedInt8Linear) else 1)
     output = torch.empty_like(flat, dtype=torch.int8 if quantize else to.compute_dtype)
     scale = torch.empty(len(flat), device=flat.device, dtype=torch.float32)
-    gated = update is not None and update.gate is not None
-    values = flat if update is None else update.values.contiguous()
-    gate, gate_row = (update.gate, update.row) if update is not None and update.gate is not None else (flat, affine.row)
     _norm_kernel[row_grid(flat)](
-        flat, values, gate.contiguous(), gate_row, affine.factor.contiguous(), affine.addend.contiguous(), affine.row,
-        output, scale, sylvester(columns, flat.device), len(flat), tokens.shape[1], *_row_strides(gate_row),
-        *_row_strides(affine.row), affine.eps, float(affine.plus), GROUPS=groups, PADDED=padded, COLUMNS=columns,
-        ADD=update is not None, GATED=gated, QUANTIZE=quantize, num_warps=NORM_WARPS, num_stages=1,
+        flat, affine.factor.contiguous(), affine.addend.contiguous(), affine.row, output, scale,
+        sylvester(columns, flat.device), len(flat), tokens.shape[1], *_row_strides(affine.row), affine.eps,
+        float(affine.plus), GROUPS=groups, PADDED=padded, COLUMNS=columns, QUANTIZE=quantize,
+        num_warps=NORM_WARPS, maxnreg=NORM_REGISTERS, num_stages=1,
     )  # fmt: skip
     if quantize:
-        return tokens, Int8Tokens(output.view(tokens.shape), scale.view(*tokens.shape[:-1], 1))
-    return tokens, output.view(tokens.shape)
+        return Int8Tokens(output.view(tokens.shape), scale.view(*tokens.shape[:-1], 1))
+    return output.view(tokens.shape)
 
 
 def _row_strides(row: Tensor) -> tuple[int, int]:
@@ -88,31 +88,21 @@ def _row_strides(row: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _norm_kernel(
-    x, update, gate, gate_row, factor, addend, row, output, scale, matrix, tokens, length,
-    gate_batch, gate_token, row_batch, row_token, eps, plus,
-    GROUPS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
-    ADD: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr,
+    x, factor, addend, row, output, scale, matrix, tokens, length, row_batch, row_token, eps, plus,
+    GROUPS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """ADD: x += gate * update, in place. Layer norm of x and its affine map; QUANTIZE: turned and as int8."""
+    """Layer norm and its affine map, a row at a time; QUANTIZE: turned and as int8 with a scale."""
     WIDTH: tl.constexpr = GROUPS * COLUMNS
     group = tl.arange(0, PADDED)[:, None]
     place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = group < GROUPS
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         start = tl.cast(token, tl.int64) * WIDTH
-        sample, position = token // length, token % length
         values = tl.load(x + start + place, mask=inside, other=0.0)
-        if ADD:
-            change = tl.load(update + start + place, mask=inside, other=0.0).to(tl.float32)
-            if GATED:
-                mine = tl.load(gate_row + sample * gate_batch + position * gate_token) * WIDTH
-                change = change * tl.load(gate + mine + place, mask=inside, other=0.0)
-            values = values + change
-            tl.store(x + start + place, values, mask=inside)
         mean = tl.sum(tl.sum(values, axis=1), axis=0) / WIDTH
         values = tl.where(inside, values - mean, 0.0)
         variance = tl.sum(tl.sum(values * values, axis=1), axis=0) / WIDTH
-        mine = tl.load(row + sample * row_batch + position * row_token) * WIDTH
+        mine = tl.load(row + (token // length) * row_batch + (token % length) * row_token) * WIDTH
         values = values * (1.0 / tl.sqrt(variance + eps))
         values = values * (plus + tl.load(factor + mine + place, mask=inside, other=0.0))
         values = values + tl.load(addend + mine + place, mask=inside, other=0.0)

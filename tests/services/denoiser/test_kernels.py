@@ -1,0 +1,100 @@
+"""The Triton kernels against the operations of PyTorch that they stand for, on a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.denoiser import glue
+from services.denoiser.glue import Affine, Update
+from services.denoiser.int8 import PLAIN, Arithmetic, Int8Tokens, TurnedInt8Linear
+from services.denoiser.model import Linear
+from services.denoiser.precision import has_kernels
+from services.denoiser.rope import Rope
+
+DEVICE = torch.device("cuda:0")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not has_kernels(DEVICE), reason="needs a Hopper GPU and Triton"
+    ),
+]
+B, L, D = 2, 5, 384
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def triton_arithmetic() -> Arithmetic:
+    from services.denoiser.triton_int8 import TritonArithmetic
+
+    return TritonArithmetic()
+
+
+def triton_glue() -> glue.Glue:
+    from services.denoiser.triton_glue import TRITON
+
+    return TRITON
+
+
+def assert_same_numbers(ours: glue.Prepared, expected: glue.Prepared) -> None:
+    """Scales alike; int8 numbers alike but where a number lies between two."""
+    assert isinstance(ours, Int8Tokens)
+    assert isinstance(expected, Int8Tokens)
+    torch.testing.assert_close(ours.scale, expected.scale, rtol=1e-5, atol=0)
+    steps = (ours.data.int() - expected.data.int()).abs()
+    assert int(steps.max()) <= 1
+    assert float((steps != 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("group", [1, 8, 32, 128])
+def test_tokens_are_quantised_to_the_same_numbers(group: int) -> None:
+    tokens = random(B, L, D, dtype=torch.bfloat16)
+    assert_same_numbers(triton_arithmetic().quantize(tokens, group), PLAIN.quantize(tokens, group))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("k", "n"), [(384, 272), (256, 640)])
+def test_products_are_the_same(k: int, n: int, gelu: bool) -> None:
+    tokens = PLAIN.quantize(random(B, 37, k), 1)
+    data = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=DEVICE)
+    scale, bias = torch.rand(n, device=DEVICE), random(n, dtype=torch.bfloat16)
+    ours = triton_arithmetic().multiply(tokens, data, scale, bias, torch.bfloat16, gelu)
+    expected = PLAIN.multiply(tokens, data, scale, bias, torch.bfloat16, gelu)
+    torch.testing.assert_close(ours, expected, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [(B, L), (B, 1), (1, 1), (1, L)], ids=str)
+def test_norms_with_and_without_an_update_are_the_same(rows: tuple[int, int]) -> None:
+    tokens, values = random(B, L, D), random(B, L, D, dtype=torch.bfloat16)
+    shift, scale, gate = random(3, 3, D)
+    row = torch.randint(0, 3, rows, device=DEVICE)
+    linear = Linear(D, 64).to(DEVICE)
+    ours, plain = (
+        TurnedInt8Linear(linear, arithmetic, input_is_turned=False, group=128, gelu=False)
+        for arithmetic in (triton_arithmetic(), PLAIN)
+    )
+    for update in (None, Update(values, gate, row), Update(values, None, row)):
+        affine = Affine(1e-6, scale, shift, row, plus=1)
+        moved, prepared = triton_glue().normed(tokens.clone(), update, affine, ours)
+        expected_moved, expected = glue.PLAIN.normed(tokens, update, affine, plain)
+        torch.testing.assert_close(moved, expected_moved)
+        assert_same_numbers(prepared, expected)
+
+
+def test_norms_for_a_layer_in_bfloat16_are_the_same() -> None:
+    tokens, row = random(B, L, D), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    affine = Affine(1e-6, random(1, D), random(1, D), row, plus=0)
+    linear = Linear(D, 64).to(DEVICE, torch.bfloat16)
+    _, ours = triton_glue().normed(tokens, None, affine, linear)
+    _, expected = glue.PLAIN.normed(tokens, None, affine, linear)
+    assert isinstance(ours, Tensor)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_queries_are_normed_and_turned_alike(turned: bool) -> None:
+    projected, weight, angles = random(B, L, D, dtype=torch.bfloat16), random(D), random(L, D // 12)
+    rope = Rope(angles.cos(), angles.sin()) if turned else None
+    ours = triton_glue().turn(projected, 1e-6, weight, 6, rope)
+    torch.testing.assert_close(ours, glue.PLAIN.turn(projected, 1e-6, weight, 6, rope))
