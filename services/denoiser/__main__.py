@@ -16,7 +16,7 @@ class DenoiserSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BUNRAKU_", frozen=True)
 
     precision: Literal["auto", "exact", "balanced"] = Field(
-        "auto", description="how the blocks compute; auto: balanced where there are kernels for it, else exact"
+        default="auto", description="how the blocks compute; auto: balanced where there are kernels for it, else exact"
     )
 
 
