@@ -96,20 +96,23 @@ class TurnedInt8Linear(nn.Module):
         return self.arithmetic.multiply(tokens, self.data, self.scale, bias, self.compute_dtype, self.gelu)
 
 
-def use_int8(model: DiffusionTransformer, arithmetic: Arithmetic = PLAIN) -> None:
-    """Gives the blocks of a loaded model int8 arithmetic, in place, one layer after another.
+def use_int8(model: DiffusionTransformer, arithmetic: Arithmetic = PLAIN, device: torch.device | None = None) -> None:
+    """Gives the blocks of a loaded model int8 arithmetic, in place, one block after another.
 
     The weights may be floats or int8 already. Keys and values of the context are computed once per request and stay as
-    they are.
+    they are. device: where to compute the new weights, which then go back to where the old ones were.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
+        home = block.modulation.device
+        block.to(device or home)
         _convert_self_attention(block.self_attn, arithmetic)
         _convert_cross_attention(block.cross_attn, arithmetic)
         first, last = block.ffn[0], block.ffn[2]
         block.ffn[0] = _converted(first, arithmetic, gelu=True)
         block.ffn[1] = nn.Identity()
         block.ffn[2] = _converted(last, arithmetic)
+        block.to(home)
 
 
 def _convert_self_attention(layer: SelfAttention, arithmetic: Arithmetic) -> None:

@@ -79,6 +79,7 @@ class Context:
     image: Tensor | None  # [B, image tokens, D], None without an image branch
     # Keys and values that each cross-attention has made of them: the same at every step
     made: dict[CrossAttention, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict, compare=False)
+    on_host: bool = False  # keeps them in host memory: at full size they are 0.6 GB
 
 
 @dataclass(frozen=True)
@@ -209,13 +210,16 @@ class CrossAttention(AttentionLayer):
     def keys_and_values(self, context: Context) -> tuple[tuple[Tensor, Tensor], ...]:
         """Of the text, then of the image if there is one: [B, n, H, d] each. Kept in the context, but not in training."""
         if self in context.made:
-            return context.made[self]
+            device = context.text.device
+            return tuple((keys.to(device), values.to(device)) for keys, values in context.made[self])
         made = [(self.normed(self.k(context.text), self.norm_k), self.split_heads(self.v(context.text)))]
         if context.image is not None:
             keys = self.normed(self.k_img(context.image), self.norm_k_img)
             made.append((keys, self.split_heads(self.v_img(context.image))))
         if not torch.is_grad_enabled():
-            context.made[self] = tuple(made)
+            context.made[self] = tuple(
+                (keys.cpu(), values.cpu()) if context.on_host else (keys, values) for keys, values in made
+            )
         return tuple(made)
 
 
@@ -310,6 +314,7 @@ class DiffusionTransformer(nn.Module):
     def __init__(self, config: TransformerConfig, attention: Attention = AUTO, glue: Glue = PLAIN) -> None:
         super().__init__()
         self.config = config
+        self.context_on_host = False
         self.patch_embedding = PatchEmbedding(config.in_dim, config.dim, config.patch)
         if config.pose:
             self.pose_patch_embedding = PatchEmbedding(config.in_dim, config.dim, config.patch)
@@ -366,7 +371,8 @@ class DiffusionTransformer(nn.Module):
             raise ValueError(f"image_embeds must be {'absent' if image_embeds is not None else 'given'} for this model")
         # zeros before the MLP, which makes its biases' image of them; all rows are attended
         text = self.text_embedding(F.pad(prompt_embeds, (0, 0, 0, missing)))
-        return Context(text, None if image_embeds is None else self.img_emb(image_embeds))
+        image = None if image_embeds is None else self.img_emb(image_embeds)
+        return Context(text, image, on_host=self.context_on_host)
 
     def embed_timestep(self, timestep: Tensor, device: torch.device) -> TimeEmbedding:
         """Timesteps [B] or [B, L] -> embeddings of the distinct ones, and the row of each token."""

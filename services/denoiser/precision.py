@@ -19,8 +19,8 @@ PRECISIONS = (EXACT, BALANCED)
 _HOPPER = (9, 0)  # the first with the copy engine that the product kernel loads its tiles by
 
 
-def set_precision(model: DiffusionTransformer, precision: str) -> None:
-    """Changes a loaded model, in place.
+def set_precision(model: DiffusionTransformer, precision: str, device: torch.device | None = None) -> None:
+    """Changes a loaded model, in place. device: where it will compute, if its weights are not there.
 
     Raises:
         ValueError: there is no such precision.
@@ -29,15 +29,15 @@ def set_precision(model: DiffusionTransformer, precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision}")
     if precision == EXACT:
         return
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     if has_kernels(device):
         from services.denoiser.triton_glue import TRITON
         from services.denoiser.triton_int8 import TritonArithmetic
 
         use_glue(model, TRITON)
-        use_int8(model, TritonArithmetic())
+        use_int8(model, TritonArithmetic(), device)
     else:
-        use_int8(model, PLAIN)
+        use_int8(model, PLAIN, device)
 
 
 def default_precision(device: torch.device) -> str:

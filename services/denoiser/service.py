@@ -87,6 +87,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         if self._precision == AUTO_PRECISION:
             self._precision = default_precision(device)
         set_precision(self._model, self._precision)
+        self._runtime.decisive["precision"] = self._precision
         gate_blocks(self._model.blocks, device)
         self._runtime.attention_backend = AUTO.name
         _log.info("precision %s: %s", self._precision, arithmetic_of(self._model))

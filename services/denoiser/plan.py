@@ -1,0 +1,112 @@
+"""How a transformer fits into a number of bytes on the device: what stays there, what is streamed, how long a piece.
+
+Everything is counted, activations too; the count is an upper bound, checked against the device in benchmarks/memory.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.denoiser.model import TransformerConfig
+
+GIB = 1024**3
+PIECE_TOKENS = 4096  # shorter pieces cost speed
+SHORTEST_PIECE = 512
+_PLACES = 2  # streaming.PLACES: the block that computes and the next
+# The driver's own: the CUDA context, loaded kernels, and the workspaces of cuBLAS and cuDNN
+DEVICE_OVERHEAD_BYTES = 768 * 1024**2
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a loaded transformer, as the device would hold them."""
+
+    block: int  # of the largest block, without what computes once per request
+    context: int  # of a block's linears that compute once per request
+    rest: int  # outside the blocks, always on the device
+    on_demand: int  # the largest part outside the blocks that comes for a call
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What `plan_memory` decided."""
+
+    resident: int  # blocks that stay on the device
+    tokens_at_once: int  # of the token-wise parts; 0: all
+    device_bytes: int  # the peak, the driver's own included
+    host_bytes: int  # pinned
+    streamed_bytes: int  # host to device in each forward pass
+
+
+class DoesNotFit(Exception):
+    """No plan is within the budget; the message has the numbers."""
+
+
+def plan_memory(weights: Weights, config: TransformerConfig, tokens: int, budget: int | None) -> MemoryPlan:
+    """The plan with the most on the device that keeps within `budget` bytes (None: everything stays on the device).
+
+    Args:
+        tokens: of the longest clip.
+
+    Raises:
+        DoesNotFit: even with all blocks streamed and the shortest pieces.
+    """
+    whole = weights.num_blocks * (weights.block + weights.context) + weights.rest + weights.on_demand
+    if budget is None:
+        return MemoryPlan(weights.num_blocks, 0, whole + activations(config, tokens, tokens), 0, 0)
+    for piece in (tokens, PIECE_TOKENS, PIECE_TOKENS // 2, PIECE_TOKENS // 4, SHORTEST_PIECE):
+        if piece > tokens:
+            continue
+        needed = activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES + weights.rest
+        if needed + whole - weights.rest <= budget:
+            return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed + whole - weights.rest, 0, 0)
+        if piece == tokens:
+            continue  # pieces cost less than streaming
+        needed += max(_PLACES * weights.block, weights.on_demand) + weights.context + context_keys(config)
+        if needed <= budget:
+            return _streamed(weights, config, piece, needed, budget)
+    raise DoesNotFit(
+        f"{tokens} tokens need {needed / GIB:.2f} GiB with every block streamed and pieces of {SHORTEST_PIECE} tokens; "
+        f"the budget is {budget / GIB:.2f} GiB"
+    )
+
+
+def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: int, budget: int) -> MemoryPlan:
+    # a block that stays keeps its linears of the context too
+    each = weights.block + weights.context
+    resident = min((budget - needed) // each, weights.num_blocks - _PLACES)
+    streamed = weights.num_blocks - resident
+    return MemoryPlan(
+        resident=resident,
+        tokens_at_once=piece,
+        device_bytes=needed + resident * each,
+        host_bytes=streamed * each + weights.on_demand + 2 * weights.num_blocks * context_keys(config),
+        streamed_bytes=streamed * weights.block + weights.on_demand + weights.num_blocks * context_keys(config),
+    )
+
+
+def activations(config: TransformerConfig, tokens: int, piece: int) -> int:
+    """Bytes of a forward pass besides weights: what stands for all tokens, and the intermediates of a piece.
+
+    For all: the residual stream in float32, queries, keys and values in bfloat16, of which the queries' place takes
+    what attention gathers, and the rotary tables. For a piece, at the widest (in the FFN): its norm as int8 and
+    bfloat16, the hidden in bfloat16 and as int8, the output.
+    """
+    heads = config.head_dim // 2 * 4 * 2
+    for_all = tokens * (config.dim * (4 + 3 * 2) + heads)
+    of_a_piece = piece * (config.ffn_dim * (2 + 1 + 2) + config.dim * (4 + 2 + 1 + 2 + 4))
+    latents = 16 * 4 * 8 * tokens  # the solver's state and history, 16 channels of 4 pixels a token
+    return for_all + of_a_piece + latents
+
+
+def context_keys(config: TransformerConfig) -> int:
+    """Bytes of the keys and values of one block for one guidance branch: 512 text and 257 image tokens."""
+    return (config.text_len + (257 if config.image_dim is not None else 0)) * config.dim * 2 * 2
+
+
+def animation_tokens(height: int, width: int, num_frames: int) -> int:
+    """Tokens of a SCAIL clip: the reference frame, the video, and the pose at half size."""
+    frames = (num_frames - 1) // 4 + 1
+    per_frame = height // 16 * (width // 16)
+    return (1 + frames) * per_frame + frames * per_frame // 4
