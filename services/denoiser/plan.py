@@ -55,19 +55,18 @@ def plan_memory(weights: Weights, config: TransformerConfig, tokens: int, budget
     whole = weights.num_blocks * (weights.block + weights.context) + weights.rest + weights.on_demand
     if budget is None:
         return MemoryPlan(weights.num_blocks, 0, whole + activations(config, tokens, tokens), 0, 0)
-    for piece in (tokens, PIECE_TOKENS, PIECE_TOKENS // 2, PIECE_TOKENS // 4, SHORTEST_PIECE):
-        if piece > tokens:
-            continue
-        needed = activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES + weights.rest
-        if needed + whole - weights.rest <= budget:
-            return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed + whole - weights.rest, 0, 0)
-        if piece == tokens:
-            continue  # pieces cost less than streaming
-        needed += max(_PLACES * weights.block, weights.on_demand) + weights.context + context_keys(config)
+    pieces = [piece for piece in (PIECE_TOKENS, PIECE_TOKENS // 2, PIECE_TOKENS // 4, SHORTEST_PIECE) if piece < tokens]
+    for piece in (tokens, *pieces[:1]):  # pieces cost less than streaming, short ones more
+        needed = whole + activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES
+        if needed <= budget:
+            return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed, 0, 0)
+    in_turn = max(_PLACES * weights.block, weights.on_demand) + weights.context + context_keys(config) + weights.rest
+    for piece in pieces or [tokens]:
+        needed = in_turn + activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES
         if needed <= budget:
             return _streamed(weights, config, piece, needed, budget)
     raise DoesNotFit(
-        f"{tokens} tokens need {needed / GIB:.2f} GiB with every block streamed and pieces of {SHORTEST_PIECE} tokens; "
+        f"{tokens} tokens need {needed / GIB:.2f} GiB with every block streamed and the shortest pieces; "
         f"the budget is {budget / GIB:.2f} GiB"
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bunraku.errors import InvalidRequest, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
-from bunraku.v1 import denoiser_pb2_grpc
+from bunraku.v1 import denoiser_pb2_grpc, stage_pb2
 from runtime import telemetry
 from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
@@ -28,12 +28,19 @@ from services.denoiser.attention import AUTO
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
+from services.denoiser.placement import CPU_ONLY, GPU_ONLY, HYBRID, Placement, place
+from services.denoiser.plan import DoesNotFit, animation_tokens
 from services.denoiser.precision import arithmetic_of, default_precision, set_precision
 from services.denoiser.sampling import SOLVERS, Solver, SolverState, make_solver
 from services.denoiser.weights import load_transformer
 
 _log = logging.getLogger(__name__)
 AUTO_PRECISION = "auto"
+_MEMORY_MODES = {
+    GPU_ONLY: stage_pb2.MEMORY_MODE_GPU_ONLY,
+    HYBRID: stage_pb2.MEMORY_MODE_HYBRID,
+    CPU_ONLY: stage_pb2.MEMORY_MODE_CPU_ONLY,
+}
 CHECKPOINT_PREFIX = "checkpoint."
 _TENSORS = (
     "prompt_embeds",
@@ -62,11 +69,24 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
 
     full_name = pb.DESCRIPTOR.services_by_name["DenoiserService"].full_name
 
-    def __init__(self, runtime: StageRuntime, bundle: Bundle, *, precision: str = AUTO_PRECISION) -> None:
-        """precision: of `precision.PRECISIONS`, or `auto`."""
+    def __init__(
+        self,
+        runtime: StageRuntime,
+        bundle: Bundle,
+        *,
+        precision: str = AUTO_PRECISION,
+        memory_mode: str = GPU_ONLY,
+        vram_bytes: int | None = None,
+    ) -> None:
+        """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`."""
         if bundle.task != "animate":
             raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
+        if memory_mode == CPU_ONLY:
+            runtime.device = "cpu"
+        runtime.memory_mode = _MEMORY_MODES[memory_mode]
         self._runtime, self._bundle, self._precision = runtime, bundle, precision
+        self._memory_mode, self._vram_bytes = memory_mode, vram_bytes
+        self._placement: Placement
         self._model: DiffusionTransformer
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -76,21 +96,35 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         component = self._bundle.component("transformer")
         require_files(component)
         device = torch.device(self._runtime.device)
+        hybrid = self._memory_mode == HYBRID
         self._model = load_transformer(
             component.files,
             configuration(component, PRESETS, TransformerConfig),
-            device=device,
+            device=torch.device("cpu") if hybrid else device,
             compute_dtype=compute_dtype(device),
             attention=AUTO,
         )
         self._runtime.components.append(loaded_component(component, self._model))
         if self._precision == AUTO_PRECISION:
             self._precision = default_precision(device)
-        set_precision(self._model, self._precision)
+        set_precision(self._model, self._precision, device)
         self._runtime.decisive["precision"] = self._precision
+        self._placement = place(self._model, device, self._budget(device) if hybrid else None, self._longest())
         gate_blocks(self._model.blocks, device)
         self._runtime.attention_backend = AUTO.name
-        _log.info("precision %s: %s", self._precision, arithmetic_of(self._model))
+        _log.info("precision %s: %s; %s", self._precision, arithmetic_of(self._model), self._placement)
+
+    def _budget(self, device: torch.device) -> int:
+        if self._vram_bytes is not None:
+            return self._vram_bytes
+        if device.type != "cuda":
+            raise BundleError("memory mode hybrid needs a number of bytes where there is no GPU: set vram")
+        return torch.cuda.mem_get_info(device)[0]
+
+    def _longest(self) -> int:
+        """Tokens of the longest clip that the bundle has as a default: a window of its size."""
+        video = self._bundle.video
+        return animation_tokens(video.height, video.width, video.window_frames)
 
     async def Denoise(self, requests: AsyncIterator[pb.DenoiseRequest], context: Context) -> AsyncIterator[Any]:
         first, tensors = await self._runtime.receive_call(requests, context, _TENSORS)
@@ -111,6 +145,10 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
     def _prepare(self, plan: Plan, tensors: Mapping[str, WireTensor]) -> Run:
         """Everything on the device that a run needs."""
         expects = Expectations(self._model.config, plan)
+        try:
+            self._placement.check(animation_tokens(plan.height, plan.width, plan.num_frames))
+        except DoesNotFit as error:
+            raise InvalidRequest(("num_frames", str(error))) from error
         device = torch.device(self._runtime.device)
         wired = expects.inputs(tensors)
         # another precision gives other bits, so its checkpoints are no others' to go on from

@@ -101,9 +101,12 @@ image_resize = "bicubic"
 """
 
 
-def write_bundle(directory: Path) -> Bundle:
-    """Writes bundle.toml and every file that it names."""
-    (directory / "bundle.toml").write_text(BUNDLE_TOML, encoding="utf-8")
+def write_bundle(directory: Path, num_layers: int = 2) -> Bundle:
+    """Writes bundle.toml and every file that it names; num_layers: of the transformer."""
+    toml = BUNDLE_TOML.replace(
+        "ffn_dim = 64\nnum_heads = 2\nnum_layers = 2", f"ffn_dim = 64\nnum_heads = 2\nnum_layers = {num_layers}"
+    )
+    (directory / "bundle.toml").write_text(toml, encoding="utf-8")
     bundle = load_bundle(directory)
     for write in (write_transformer, write_vae, write_text_encoder, write_image_encoder):
         write(bundle)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bunraku.errors import DeadlineExceeded, NotReady, StageBroken, WrongState
+from bunraku.errors import DeadlineExceeded, InvalidRequest, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
 from bunraku.v1 import stage_pb2
 from runtime.bundles import Bundle, BundleError, configuration
@@ -27,10 +28,12 @@ from runtime.torch_tensors import from_torch, to_torch
 from services.denoiser.conditioning import animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, TransformerConfig
+from services.denoiser.placement import weights_of
+from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, DoesNotFit, animation_tokens, plan_memory
 from services.denoiser.sampling import SOLVERS, make_solver
 from services.denoiser.service import DenoiserService, Plan
 from services.denoiser.weights import load_transformer
-from tests.services.serving import Answers, Served, serving, until
+from tests.services.serving import Answers, Served, serving, until, write_bundle
 
 # h and w differ, so that a mix-up cannot fit
 HEIGHT, WIDTH, FRAMES = 64, 32, 9
@@ -690,3 +693,48 @@ async def test_a_bundle_of_another_task_is_refused(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="bundle test: this version serves animate, not text_to_video"):
         async with stage(replace(bundle, task="text_to_video")):
             pass
+
+
+def tightest(bundle: Bundle) -> int:
+    """The fewest bytes that the bundle's default clip is placed in."""
+    model = load_transformer(
+        bundle.component("transformer").files,
+        configuration(bundle.component("transformer"), PRESETS, TransformerConfig),
+        device=torch.device("cpu"),
+        compute_dtype=torch.float32,
+    )
+    video = bundle.video
+    tokens = animation_tokens(video.height, video.width, video.window_frames)
+    weights, budget = weights_of(model), DEVICE_OVERHEAD_BYTES
+    while True:
+        try:
+            return plan_memory(weights, model.config, tokens, budget).device_bytes
+        except DoesNotFit:
+            budget += 4096
+
+
+async def test_hybrid_gives_the_latents_of_gpu_only_and_refuses_clips_that_exceed_its_budget(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, num_layers=12)
+    async with stage(bundle) as whole:
+        expected = latents(await run(whole))
+        assert whole.runtime.memory_mode == stage_pb2.MEMORY_MODE_GPU_ONLY
+    make = partial(DenoiserService, memory_mode="hybrid", vram_bytes=tightest(bundle))
+    async with serving("denoiser", make, bundle) as hybrid:
+        assert hybrid.runtime.memory_mode == stage_pb2.MEMORY_MODE_HYBRID
+        assert hybrid.service._placement.plan.resident == 0
+        torch.testing.assert_close(latents(await run(hybrid)), expected, rtol=1e-4, atol=1e-4)
+        with pytest.raises(InvalidRequest, match=r"num_frames: \d+ tokens need .* GiB"):
+            await run(hybrid, num_frames=257, height=512, width=512)
+
+
+async def test_hybrid_without_a_gpu_needs_a_number_of_bytes(bundle: Bundle) -> None:
+    make = partial(DenoiserService, memory_mode="hybrid")
+    with pytest.raises(BundleError, match="set vram"):
+        async with serving("denoiser", make, bundle):
+            pass
+
+
+async def test_cpu_only_computes_on_the_cpu_whatever_there_is(bundle: Bundle) -> None:
+    async with serving("denoiser", partial(DenoiserService, memory_mode="cpu_only"), bundle) as served:
+        assert served.runtime.device == "cpu"
+        assert served.runtime.memory_mode == stage_pb2.MEMORY_MODE_CPU_ONLY

@@ -14,6 +14,7 @@ import torch
 
 from services.pose.nlf.config import NlfQuirks
 from services.pose.people import largest
+from services.pose.persons.masks import PersonMasks
 from services.pose.whole_body import Person
 from tests.services.pose.figures import standing
 
@@ -65,6 +66,7 @@ class DrawnModels:
 
     scores: Mapping[int, float] = field(default_factory=lambda: {ANN: 0.8, BEN: 0.9})
     unlocated: Sequence[int] = ()
+    masks: Mapping[str, PersonMasks] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batches: list[int] = field(default_factory=list)
     phantoms: list[bool] = field(default_factory=list)

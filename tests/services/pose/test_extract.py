@@ -10,10 +10,15 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from bunraku.errors import InvalidRequest, NotThereYet
-from services.pose.extract import HABITS, Clip, Drawing, PoseExtractor, Progress, bridge_joints, covering, draw
+from bunraku.errors import InvalidRequest
+from services.pose.bridging import bridge_joints
+from services.pose.clip import Clip
+from services.pose.extract import Drawing, PoseExtractor, draw
+from services.pose.habits import HABITS
 from services.pose.nlf.config import QUIRKS
 from services.pose.people import grown_rectangle
+from services.pose.progress import Progress
+from services.pose.quirks import Strokes
 from services.pose.skeleton import Camera, known
 from tests.services.pose.drawn import (
     ANN,
@@ -28,7 +33,6 @@ from tests.services.pose.drawn import (
     picture,
     walking,
 )
-from tests.services.pose.videos import noise
 
 REFERENCE = picture(0, {ANN: (30, 20, 50, 60)})
 NOBODY = picture(0, {})
@@ -49,7 +53,7 @@ def extract(
     models: DrawnModels | None = None,
     *,
     reference: Frame = REFERENCE,
-    preset: str = "",
+    preset: str = "recommended",
     people: int = 1,
 ) -> list[Any]:
     extractor = PoseExtractor(models or DrawnModels(), batch_frames=4)
@@ -65,14 +69,14 @@ def drawing(items: Sequence[Any]) -> Drawing:
     return found
 
 
-def pictures(items: Sequence[Any]) -> npt.NDArray[np.float16]:
+def pictures(items: Sequence[Any]) -> npt.NDArray[np.uint8]:
     return np.concatenate([item for item in items if isinstance(item, np.ndarray)])
 
 
-def test_a_clip_gives_as_many_pose_frames_at_half_size() -> None:
+def test_a_clip_gives_as_many_pose_frames() -> None:
     frames = pictures(extract(walking(9)))
-    assert frames.shape == (9, HEIGHT // 2, WIDTH // 2, 3)
-    assert frames.dtype == np.float16
+    assert frames.shape == (9, HEIGHT, WIDTH, 3)
+    assert frames.dtype == np.uint8
     assert all(frame.any() for frame in frames)
 
 
@@ -94,7 +98,7 @@ def test_frames_are_read_twice_and_held_a_few_at_a_time() -> None:
     reads: list[int] = []
     models = DrawnModels()
     extractor = PoseExtractor(models, batch_frames=4)
-    for item in extractor.extract(clip_of(walking(9), reads), REFERENCE, HABITS[""]):
+    for item in extractor.extract(clip_of(walking(9), reads), REFERENCE, HABITS["recommended"]):
         if isinstance(item, Progress) and item.step == "detect":
             assert len(reads) == item.completed_frames
     assert reads == [*range(9), *range(9)]
@@ -121,6 +125,12 @@ def test_poses_are_fitted_to_the_largest_person_of_the_reference() -> None:
     np.testing.assert_array_equal(one, other)
 
 
+def test_without_a_reference_poses_stay_where_they_are() -> None:
+    extractor, clip = PoseExtractor(DrawnModels()), clip_of(walking(5))
+    items = list(extractor.extract(clip, None, HABITS["recommended"]))
+    np.testing.assert_array_equal(drawing(items).camera, Drawing.plain_camera(HEIGHT, WIDTH))
+
+
 def test_a_reference_of_another_size_is_fitted_first() -> None:
     large = np.asarray(Image.fromarray(REFERENCE).resize((WIDTH * 2, HEIGHT * 2), Image.Resampling.NEAREST))
     one, other = (drawing(extract(walking(5), reference=picture)).camera for picture in (large, REFERENCE))
@@ -131,7 +141,7 @@ def test_a_reference_of_another_size_is_fitted_first() -> None:
 def test_the_drawing_drawn_again_gives_the_same_frames() -> None:
     for reference in (REFERENCE, NOBODY):
         items = extract(walking(9, without=[4]), reference=reference)
-        again = list(draw(drawing(items), HEIGHT, WIDTH, HABITS[""].pose, DrawnModels().device))
+        again = list(draw(drawing(items), HEIGHT, WIDTH, HABITS["recommended"].pose, Strokes(), DrawnModels().device))
         np.testing.assert_array_equal(np.concatenate(again), pictures(items))
 
 
@@ -199,18 +209,10 @@ def test_a_video_that_shows_nobody_is_refused() -> None:
     for preset in HABITS:
         with pytest.raises(InvalidRequest) as error:
             extract([NOBODY] * 5, preset=preset)
-        assert error.value.violations == (("video", "shows nobody: no person was found in its 5 frames"),)
+        assert error.value.violations == (("video", "shows nobody: no person was found in its 5 frames (0 to 4)"),)
     with pytest.raises(InvalidRequest) as error:
         extract(walking(5), DrawnModels(unlocated=range(5)))
     assert error.value.violations == (("video", "shows nobody whose joints can be located"),)
-
-
-def test_more_people_than_there_are_is_refused_and_several_are_not_there_yet() -> None:
-    with pytest.raises(InvalidRequest) as error:
-        extract(walking(5), people=2)
-    assert error.value.violations == (("people", "asks for 2, frame 0 of the video shows 1"),)
-    with pytest.raises(NotThereYet, match="several people is not there yet"):
-        extract([picture(0, {ANN: ANN_BOX, BEN: BEN_BOX})] * 5, people=2)
 
 
 def test_joints_are_bridged_at_both_ends_and_between() -> None:
@@ -220,13 +222,3 @@ def test_joints_are_bridged_at_both_ends_and_between() -> None:
     assert missing == [0, 2, 3, 5]
     np.testing.assert_allclose(filled[:, 23, 2], 72 * np.array([1, 1, 2, 3, 4, 4]))
     assert not joints[0].any()
-
-
-def test_frames_are_covered_with_lanczos_about_their_centre() -> None:
-    [frame] = noise(1, 50, 32)
-    found = covering(frame, 64, 96)
-    box = (0, (50 - 32 * 64 / 96) / 2, 32, (50 + 32 * 64 / 96) / 2)
-    expected = Image.fromarray(frame).resize((96, 64), Image.Resampling.LANCZOS, box=box)
-    np.testing.assert_array_equal(found, np.asarray(expected))
-    [same] = noise(1, 64, 96)
-    np.testing.assert_array_equal(covering(same, 64, 96), same)

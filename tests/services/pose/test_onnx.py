@@ -17,8 +17,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from bunraku.errors import OutOfMemory, StageBroken
 from runtime.bundles import BundleError
 from runtime.gpu import GpuThread, device_fault
-from services.pose.onnx import OnnxNetwork, OnnxSettings, Pictures, WrongNetwork, providers
-from training.tiny_onnx import Graph
+from services.pose.onnx import OnnxNetwork, OnnxSettings, Pictures, WrongNetwork, count_parameters, providers
+from training.tiny_onnx import Graph, write_networks
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 SETTINGS = OnnxSettings(device="cpu", num_threads=1)
@@ -249,3 +249,19 @@ async def test_cancelled_work_stops_before_the_next_batch() -> None:
         await work
     assert session.runs == [1]
     thread.shutdown()
+
+
+def test_the_weights_of_a_file_are_counted(tmp_path: Path) -> None:
+    # 2 x 3 weights and 4 more (dims packed), among fields of other kinds; a tensor without dims is one number
+    tensor = b"\x08\x02\x08\x03\x10\x01\x4a\x02\xff\xff"
+    packed = b"\x0a\x01\x04\x25\x00\x00\x00\x00"
+    graph = b"\x0a\x03abc" + b"".join(b"\x2a" + bytes([len(part)]) + part for part in (tensor, packed, b"\x10\x01"))
+    file = tmp_path / "network.onnx"
+    file.write_bytes(b"\x08\x08" + b"\x3a" + bytes([len(graph)]) + graph)
+    assert count_parameters(file) == 6 + 4 + 1
+    write_networks(tmp_path)
+    assert count_parameters(tmp_path / "whole_body.onnx") > 133 * 3
+    for content in (b"\x3a\x7f", b"\x07", b"", b"\xff" * 12):
+        file.write_bytes(content)
+        with pytest.raises(WrongNetwork, match=r"network\.onnx is not an ONNX file"):
+            count_parameters(file)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from services.pose.overlay import overlay
 from services.pose.people import People
+from services.pose.quirks import Strokes
 from tests.services.pose.figures import person
 
 HEIGHT, WIDTH = 80, 120
@@ -164,3 +165,17 @@ def test_each_frame_gets_its_own_people() -> None:
         alone = torch.zeros((1, HEIGHT, WIDTH, 3), dtype=torch.uint8)
         overlay([clip[index]], HEIGHT, WIDTH).cover(alone)
         assert (frames[index] == alone[0]).all()
+
+
+def test_strokes_set_the_size_of_heads_and_dots() -> None:
+    seen = np.ones((1, 24), np.bool_)
+    body = np.full((1, 24, 2), 0.5)
+    nowhere_faces, nowhere_hands = np.full((1, 68, 2), -1.0), np.full((1, 2, 21, 2), -1.0)
+    for radius, area in ((0, 1), (1, 5), (4, 49)):
+        people = People(np.zeros((1, 4)), body, seen, nowhere_faces, nowhere_hands)
+        assert len(overlay([people], 64, 64, Strokes(head_radius_px=radius)).y) == area
+    hands = nowhere_hands.copy()
+    hands[0, 0, 3] = 0.5
+    for radius, area in ((0, 1), (1, 5), (2, 13)):
+        people = People(np.zeros((1, 4)), body, ~seen, nowhere_faces, hands)
+        assert len(overlay([people], 64, 64, Strokes(dot_radius_px=radius)).y) == area

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -243,3 +244,35 @@ def test_gpu_draws_the_same_frames() -> None:
     (cpu, cpu_drawn), (gpu, gpu_drawn) = render(limbs, view), render(limbs, view, "cuda")
     assert (gpu_drawn.cpu() != cpu_drawn).float().mean() < 1e-3
     assert ((gpu.cpu().int() - cpu.int()).abs() > 1).float().mean() < 1e-3
+
+
+def test_joints_that_cover_the_picture_cost_no_more_than_a_few_limbs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested = []
+    nearest_depth = module._entry_depth
+
+    def counting(u: torch.Tensor, *others: Any) -> torch.Tensor:
+        tested.append(u.numel())
+        return nearest_depth(u, *others)
+
+    monkeypatch.setattr(module, "_entry_depth", counting)
+    generator = np.random.default_rng(0)
+    for reach, depth in ((200, 110), (1000, -50)):
+        joints = generator.uniform(-reach, reach, (2, 5, 24, 3)).astype(np.float32)
+        joints[..., 2] += depth - joints[..., 2].min(axis=(1, 2), keepdims=True)
+        limbs, pixels = limbs_of(joints), 64 * 96
+        tested.clear()
+        _, drawn = render(limbs, view_of(limbs, 64, 96))
+        assert sum(tested) <= 2 * 4 * pixels
+        assert drawn.any(dim=(1, 2)).all()
+
+
+def test_of_limbs_that_cover_the_picture_the_nearest_are_drawn() -> None:
+    ends = [((-200.0, 0.0, depth), (200.0, 0.0, depth)) for depth in (900.0, 160.0, 170.0, 180.0, 190.0, 200.0)]
+    limbs = some_limbs(*ends)
+    near = limbs_of_some(limbs, [1, 2, 3, 4])
+    view = view_of(limbs, 32, 32, radius=150)
+    assert (render(limbs, view)[0] == render(near, view)[0]).all()
+
+
+def limbs_of_some(limbs: Limbs, chosen: list[int]) -> Limbs:
+    return Limbs(limbs.starts[:, chosen], limbs.ends[:, chosen], limbs.drawn[:, chosen], limbs.colours[chosen])

@@ -20,15 +20,27 @@ from torch import Tensor
 from bunraku.errors import NotThereYet
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import stage_pb2
-from runtime.bundles import Bundle, BundleComponent, BundleError
+from runtime.bundles import Bundle, BundleComponent, BundleError, Pose
 from runtime.client import Budget
 from runtime.gpu import WorkCancelled, raise_if_cancelled
 from runtime.tensors import FLOAT16, UINT8, WireTensor
 from runtime.video import Frame, Source, VideoLimits
 from services.pose.fit import cover, halve
+from services.pose.nlf.config import QUIRKS
 from services.pose.nlf.head import PointWeights
 from services.pose.service import PoseService
-from tests.services.pose.drawn import ANN, HEIGHT, WIDTH, DrawnModels, picture, walking
+from tests.services.pose.drawn import (
+    ANN,
+    ANN_BOX,
+    BEN,
+    BEN_BOX,
+    HEIGHT,
+    WIDTH,
+    DrawnModels,
+    joints_of,
+    picture,
+    walking,
+)
 from tests.services.pose.figures import standing
 from tests.services.pose.nlf.tiny import KnownAnswers
 from tests.services.pose.nlf.tiny import estimator as nlf_estimator
@@ -279,8 +291,8 @@ async def test_joints_are_drawn_without_any_model(bundle: Bundle) -> None:
 async def test_a_video_or_a_number_of_people_that_cannot_be_extracted_is_refused(
     pose_bundle: Bundle, models: DrawnModels
 ) -> None:
-    people = ("people", "asks for 2, frame 0 of the video shows 1")
-    nobody = ("video", "shows nobody: no person was found in its 5 frames")
+    people = ("people", "asks for 2, no frame of the video shows more than 1")
+    nobody = ("video", "shows nobody: no person was found in its 5 frames (0 to 4)")
     async with stage(pose_bundle) as pose:
         assert await pose.refused("ExtractPose", extraction(people=2), driving(walking(5))) == (people,)
         assert await pose.refused("ExtractPose", extraction(), driving(walking(5, without=range(5)))) == (nobody,)
@@ -288,11 +300,76 @@ async def test_a_video_or_a_number_of_people_that_cannot_be_extracted_is_refused
         assert await pose.refused("ExtractPose", extraction(), driving(walking(4))) == (short,)
         [(field, _)] = await pose.refused("ExtractPose", extraction(), [*sent(b"no"), driving(walking(5))[1]])
         assert field == "video"
-        missing = (("reference_image", "is missing"),)
-        assert await pose.refused("ExtractPose", extraction(), sent(lossless_mp4(walking(5)))) == missing
-        mask = WireTensor.from_bytes("mask_video", b"x")
-        with pytest.raises(NotThereYet, match="mask_video is not there yet"):
-            await pose.ask("ExtractPose", extraction(), [*driving(walking(5)), mask])
+        assert (await pose.ask("ExtractPose", extraction(), sent(lossless_mp4(walking(5))))).named("pose_frames")
+
+
+async def test_two_people_are_given_each_with_what_was_missing_of_them(
+    pose_bundle: Bundle, models: DrawnModels
+) -> None:
+    frames = [picture(n, {ANN: ANN_BOX, BEN: BEN_BOX} if n != 3 else {ANN: ANN_BOX}) for n in range(9)]
+    async with stage(pose_bundle) as pose:
+        answers = await pose.ask("ExtractPose", extraction(people=2, give_joints=True), driving(frames))
+        given = [answers.one(name) for name in ("keypoints", "joints", "camera")]
+        drawn = await pose.ask("RenderPose", drawing(), given)
+    assert answers.one("joints").shape == (9, 2, 24, 3)
+    assert answers.one("keypoints").shape == (9, 2, 134, 3)
+    np.testing.assert_array_equal(answers.one("joints").numpy()[5, 1], joints_of(BEN, 5))
+    last = answers.messages("progress")[-1]
+    assert list(last.bridged_frames) == [3]
+    assert [list(person.bridged_frames) for person in last.people] == [[], [3]]
+    assert np.array_equal(series(drawn, "pose_frames"), series(answers, "pose_frames"))
+
+
+async def test_people_are_looked_for_only_where_the_mask_video_is_bright(
+    pose_bundle: Bundle, models: DrawnModels
+) -> None:
+    both = [picture(n, {ANN: ANN_BOX, BEN: BEN_BOX}) for n in range(5)]
+    right = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    right[:, WIDTH // 2 :] = 255
+    mask = WireTensor.from_bytes("mask_video", lossless_mp4([right] * 5))
+    short = WireTensor.from_bytes("mask_video", lossless_mp4([right] * 4))
+    async with stage(pose_bundle) as pose:
+        for tensors, who in (([], ANN), ([mask], BEN)):
+            video = [*driving(both), *tensors]
+            joints = (await pose.ask("ExtractPose", extraction(give_joints=True), video)).one("joints").numpy()
+            np.testing.assert_array_equal(joints[2, 0], joints_of(who, 2))
+        violations = await pose.refused("ExtractPose", extraction(), [*driving(both), short])
+        assert violations == (("mask_video", "must have as many frames as are used of video, 5, got 4"),)
+
+
+async def test_a_mask_backend_that_the_bundle_lacks_is_said_so(pose_bundle: Bundle, models: DrawnModels) -> None:
+    async with stage(pose_bundle) as pose:
+        with pytest.raises(NotThereYet, match="mask_backend matanyone: bundle test has none") as error:
+            await pose.ask("ExtractPose", extraction(mask_backend="matanyone"), driving(walking(5)))
+    assert error.value.reason == "NO_MASK_BACKEND"
+
+
+async def test_frames_of_full_size_come_on_black_or_over_the_video(pose_bundle: Bundle, models: DrawnModels) -> None:
+    frames = walking(21)
+    async with stage(pose_bundle) as pose:
+        black = await pose.ask("ExtractPose", extraction(full_size=True), driving(frames))
+        over = await pose.ask("ExtractPose", extraction(full_size=True, over_source=True), driving(frames))
+        violations = await pose.refused("ExtractPose", extraction(over_source=True), driving(frames))
+    full = series(black, "pose_frames_full")
+    assert np.array_equal(np.stack([halve(frame) for frame in full]), series(black, "pose_frames"))
+    drawn = full.any(axis=-1, keepdims=True)
+    assert np.array_equal(series(over, "pose_frames_full"), np.where(drawn, full, np.stack(frames)))
+    assert np.array_equal(series(over, "pose_frames"), series(black, "pose_frames"))
+    assert violations == (("over_source", "goes with full_size only"),)
+
+
+async def test_the_bundle_decides_on_strokes_and_on_the_preset(pose_bundle: Bundle, models: DrawnModels) -> None:
+    joints = WireTensor.from_numpy("joints", standing(5))
+    nobody = WireTensor.from_numpy("keypoints", np.zeros((5, 1, 134, 3), np.float32))
+    drawn = []
+    for radius in (21.5, 80.0):
+        bundle = replace(pose_bundle, pose=Pose(preset="wan2gp", capsule_radius_mm=radius))
+        async with stage(bundle) as pose:
+            answers = await pose.ask("RenderPose", drawing(64, 64, full_size=True), [joints, nobody])
+            drawn.append(series(answers, "pose_frames_full").any(axis=-1).sum())
+            await pose.ask("ExtractPose", extraction(), driving(walking(5)))
+    assert drawn[1] > 2 * drawn[0]
+    assert set(models.quirks) == {QUIRKS["wan2gp"]}
 
 
 async def test_wrong_fields_of_an_extraction_or_a_drawing_are_named(pose_bundle: Bundle, models: DrawnModels) -> None:
@@ -300,7 +377,7 @@ async def test_wrong_fields_of_an_extraction_or_a_drawing_are_named(pose_bundle:
     violations = {
         "max_frames": "must be 4k + 1, got 6",
         "people": "must be 0 to 5, got 6",
-        "preset": "must be wan2gp or official or empty, got best",
+        "preset": "must be recommended, wan2gp, official or empty, got best",
         "mask_expand": "must be -10 to 50, got 51",
         "mask_backend": "must be sam2 or matanyone or empty, got none",
     }
@@ -479,3 +556,18 @@ async def test_status_tells_of_a_stage_without_models(bundle: Bundle) -> None:
         status = await pose.status()
     assert (status.stage, status.state) == ("pose", stage_pb2.STAGE_STATE_SERVING)
     assert list(status.components) == []
+
+
+async def test_joints_at_or_behind_the_camera_are_refused(bundle: Bundle) -> None:
+    nobody = WireTensor.from_numpy("keypoints", np.zeros((5, 2, 134, 3), np.float32))
+    text = "must be at least 100 mm in front of the camera, those of frame, person 3, 1 are not"
+    async with stage(bundle) as pose:
+        for depth, violations in ((99, (("joints", text),)), (-500, (("joints", text),)), (100, None)):
+            joints = standing(5, 2)
+            joints[3, 1, 15, 2] = depth
+            joints[2, 0] = 0
+            tensors = [WireTensor.from_numpy("joints", joints), nobody]
+            if violations:
+                assert await pose.refused("RenderPose", drawing(64, 64), tensors) == violations
+            else:
+                assert (await pose.ask("RenderPose", drawing(64, 64), tensors)).named("pose_frames")
