@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
+from services.pose.draw import draw_clips
 from services.pose.overlay import overlay
 from services.pose.people import Floats, People
-from services.pose.quirks import PoseQuirks
+from services.pose.quirks import Strokes
 from services.pose.render import DepthRange, View, render_clip
 from services.pose.skeleton import SLOT_JOINTS, Camera, Limbs, limbs_of
 
@@ -79,7 +81,8 @@ def march(limbs: Limbs, view: View, device: torch.device) -> torch.Tensor:
     y, x = torch.meshgrid(
         torch.arange(view.height, device=device), torch.arange(view.width, device=device), indexing="ij"
     )
-    u, v = view.rays(x.flatten(), y.flatten())
+    camera = view.camera
+    u, v = (x.flatten() - camera.cx) / camera.fx, (y.flatten() - camera.cy) / camera.fy
     rays = torch.nn.functional.normalize(torch.stack([u, v, torch.ones_like(u)], dim=-1), dim=-1)
     depth = torch.full_like(u, 0.1)
     for _ in range(MARCH_STEPS):
@@ -98,7 +101,7 @@ def measure(size: tuple[int, int], people: int, options: argparse.Namespace) -> 
     limbs = limbs_of(dancing(options.frames, people))
     depth = DepthRange.of(limbs)
     assert depth is not None
-    view = View(height, width, Camera.of(height, width), PoseQuirks().capsule_radius_mm, depth)
+    view = View(height, width, Camera.of(height, width), Strokes().capsule_radius_mm, depth)
     clip = [keypoints(people)] * options.chunk
     written = torch.empty((options.chunk, height, width, 3), dtype=torch.uint8, device=device)
 
@@ -118,17 +121,38 @@ def measure(size: tuple[int, int], people: int, options: argparse.Namespace) -> 
     print(line, flush=True)
 
 
+def measure_clips(options: argparse.Namespace) -> None:
+    """Many short clips of small pictures at once, as training on drawn clips needs them."""
+    device, side, num_frames = torch.device(options.device), 128, 17
+    strokes = Strokes(capsule_radius_mm=60, head_radius_px=2, dot_radius_px=0)
+    joints = np.stack([dancing(num_frames, 1)] * options.clips)
+    cameras = [Camera.of(side, side)] * options.clips
+    painted = [[keypoints(1)] * num_frames] * options.clips
+
+    def draw(clips: list[list[People]] | None) -> object:
+        return draw_clips(joints, cameras, side, side, strokes, clips=clips, device=device)
+
+    print(f"{options.clips} clips of {num_frames} frames of {side}x{side} at once; clips a minute")
+    for name, clips in (("limbs", None), ("with overlay", painted)):
+        taken = seconds(partial(draw, clips), device)
+        print(f"{name:>12} {60 * options.clips / taken:12,.0f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pose_render", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", type=int, default=0, help="frames of a clip; 0: 256 on a GPU, 32 on a CPU")
     parser.add_argument("--chunk", type=int, default=16, help="frames at once")
     parser.add_argument("--peer", action="store_true", help="also march along the rays (slow on a CPU)")
+    parser.add_argument("--clips", type=int, default=0, help="measure so many small clips at once instead")
     options = parser.parse_args()
     on_gpu = torch.device(options.device).type == "cuda"
     options.frames = options.frames or (256 if on_gpu else 32)
     place = torch.cuda.get_device_name(options.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{place}, chunks of {options.chunk} frames; frames per second")
+    if options.clips:
+        measure_clips(options)
+        return
     print(f"{'size':>11} {'people':>6} {'limbs':>12} {'with overlay':>15} {'floor':>12}{'  marching' * options.peer}")
     for size in SIZES:
         for people in PEOPLE:

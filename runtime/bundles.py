@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 TASKS = ("animate", "text_to_video", "image_to_video", "speech_to_video")
 SOLVERS = ("unipc", "dpm++", "euler")
 PRESETS = ("wan2gp", "official")
+POSE_PRESETS = ("recommended", *PRESETS)
+MASK_BACKENDS = ("sam2", "matanyone")
 
 
 class BundleError(Exception):
@@ -106,6 +108,26 @@ class Quirks:
 
 
 @dataclass(frozen=True)
+class Pose:
+    """How pose frames are made unless a request says otherwise; what is not stated is as the released model was trained.
+
+    Attributes:
+        preset: `recommended`, `wan2gp` or `official` (docs/quirks.md).
+        mask_backend: what makes masks of several people: `sam2` or `matanyone` (non-commercial: docs/licences.md).
+        capsule_radius_mm: half the thickness of a limb, above 0; a model of small pictures needs thicker limbs.
+        head_radius_px: of the discs on nose, eyes and ears, and half the thickness of what links them; 0 to 64.
+        dot_radius_px: of the points of hands and faces, 0 to 2, and the thickness of fingers, 1 at least; None: 1, and 2
+            where the shorter side of the video has 600 pixels or more.
+    """
+
+    preset: str = "recommended"
+    mask_backend: str = "sam2"
+    capsule_radius_mm: float = 21.5
+    head_radius_px: int = 4
+    dot_radius_px: int | None = None
+
+
+@dataclass(frozen=True)
 class Bundle:
     """What bundle.toml says."""
 
@@ -119,6 +141,7 @@ class Bundle:
     video: Video
     preset: str
     presets: Mapping[str, Quirks]
+    pose: Pose = Pose()
 
     @property
     def quirks(self) -> Quirks:
@@ -198,6 +221,7 @@ def _bundle(entries: dict[str, Any], root: Path, revision: str) -> Bundle:
         components=MappingProxyType({n: _component(n, e, root) for n, e in entries.pop("components").items()}),
         sampling=Sampling(**entries.pop("sampling")),
         video=Video(**entries.pop("video")),
+        pose=Pose(**entries.pop("pose", {})),
         presets=MappingProxyType(presets),
         revision=revision,
         **entries,
@@ -220,7 +244,7 @@ def _component(name: str, entry: dict[str, Any], root: Path) -> BundleComponent:
 
 
 def _check(bundle: Bundle) -> None:
-    video, sampling = bundle.video, bundle.sampling
+    video, sampling, pose = bundle.video, bundle.sampling, bundle.pose
     checks = {
         f"task must be one of {', '.join(TASKS)}": bundle.task in TASKS,
         f"sampling.solver must be one of {', '.join(SOLVERS)}": sampling.solver in SOLVERS,
@@ -233,6 +257,11 @@ def _check(bundle: Bundle) -> None:
         == video.width % video.size_multiple
         == 0,
         "video.max_pixels must be at least height times width": video.max_pixels >= video.height * video.width,
+        f"pose.preset must be one of {', '.join(POSE_PRESETS)}": pose.preset in POSE_PRESETS,
+        f"pose.mask_backend must be one of {', '.join(MASK_BACKENDS)}": pose.mask_backend in MASK_BACKENDS,
+        "pose.capsule_radius_mm must be above 0 and at most 1000": 0 < pose.capsule_radius_mm <= 1000,
+        "pose.head_radius_px must be 0 to 64": pose.head_radius_px in range(65),
+        "pose.dot_radius_px must be 0 to 2": pose.dot_radius_px in (None, 0, 1, 2),
     }
     for text, holds in checks.items():
         if not holds:

@@ -65,6 +65,9 @@ class VideoInfo:
 def probe_video(source: Source, field: str, limits: VideoLimits = VideoLimits()) -> VideoInfo:
     """What a video is, MP4, QuickTime, WebM or Matroska; its first frame is decoded to see that it can be.
 
+    What the container tells of itself is checked before that. It need not be true: frames are counted where it tells no
+    number, and whoever decodes all of them counts them again.
+
     Args:
         field: the field of the request that names the video.
 
@@ -72,6 +75,8 @@ def probe_video(source: Source, field: str, limits: VideoLimits = VideoLimits())
         InvalidRequest: it is empty, damaged, of another kind, has no video stream or is over a limit.
     """
     with open_video(source, field, limits) as (container, stream):
+        rate = _frames_per_second(stream, field, limits)
+        _require_length(stream.frames, rate, field, limits)
         packets, first = 0, None
         for packet in container.demux(stream):
             packets += packet.size > 0  # the last packet is empty: it makes the decoder give up what it holds
@@ -82,13 +87,8 @@ def probe_video(source: Source, field: str, limits: VideoLimits = VideoLimits())
         if first is None:
             raise InvalidRequest((field, "is a video without frames"))
         height, width, _ = _upright(first).shape
-        rate = _frames_per_second(stream, field, limits)
         info = VideoInfo(stream.frames or packets, rate, height, width)
-    if info.num_frames > limits.max_frames:
-        raise InvalidRequest((field, f"must have at most {limits.max_frames} frames, has {info.num_frames}"))
-    if info.duration_s > limits.max_seconds:
-        text = f"must last at most {limits.max_seconds:g} seconds, lasts {info.duration_s:.1f}"
-        raise InvalidRequest((field, text))
+    _require_length(info.num_frames, rate, field, limits)
     return info
 
 
@@ -137,6 +137,8 @@ def open_video(
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise InvalidRequest((field, "has no video stream"))
+            if stream.codec_context is None:
+                raise InvalidRequest((field, "is a video of a kind that cannot be decoded"))
             _require_pixels(stream.height, stream.width, field, limits)
             stream.codec_context.options = options
             yield container, stream
@@ -172,6 +174,14 @@ def _frames_per_second(stream: VideoStream, field: str, limits: VideoLimits) -> 
         text = f"must have at most {limits.max_frames_per_second} frames per second, has {rate or 'no frame rate'}"
         raise InvalidRequest((field, text))
     return rate
+
+
+def _require_length(num_frames: int, rate: Fraction, field: str, limits: VideoLimits) -> None:
+    if num_frames > limits.max_frames:
+        raise InvalidRequest((field, f"must have at most {limits.max_frames} frames, has {num_frames}"))
+    duration_s = float(num_frames / rate)
+    if duration_s > limits.max_seconds:
+        raise InvalidRequest((field, f"must last at most {limits.max_seconds:g} seconds, lasts {duration_s:.1f}"))
 
 
 def _upright(frame: av.VideoFrame) -> Frame:

@@ -96,9 +96,10 @@ class SystemDisplay(Display):
 
 @asynccontextmanager
 async def local_system(
-    console: Console, *, bundle: Path, models: Path | None, devices: dict[str, str]
+    console: Console, *, bundle: Path, models: Path | None, devices: dict[str, str], only: str = ""
 ) -> AsyncIterator[Supervisor]:
-    """A system of one's own on free ports; its data goes with it, unless it failed and its logs are of use."""
+    """A system of one's own on free ports, or `only` one of its stages, whose address is then the system's; its data goes
+    with it, unless it failed and its logs are of use."""
     data = Path(tempfile.mkdtemp(prefix="bunraku-"))
     settings = SystemSettings(bundle, data, models, port=0, devices=devices, grace_s=LOCAL_GRACE_S)
     display = SystemDisplay(console)
@@ -109,7 +110,7 @@ async def local_system(
             display.changed(child)
 
     try:
-        programs = system_programs(settings)
+        programs = [program for program in system_programs(settings) if only in ("", program.name)]
         supervisor = Supervisor(programs, data=data, grace_s=settings.grace_s, on_change=changed)
         with display:
             await supervisor.__aenter__()

@@ -72,6 +72,7 @@ def weights_of(model: DiffusionTransformer) -> Weights:
     return Weights(
         block=max(sum(tensor.nbytes for _, _, tensor in of_every_step(block)) for block in blocks),
         context=max(sum(_size(part) for part in of_the_context(block)) for block in blocks),
+        context_linear=max(_size(part) for block in blocks for part in of_the_context(block)),
         rest=_size(model) - sum(_size(block) for block in blocks) - sum(on_demand),
         on_demand=max(on_demand),
         num_blocks=len(blocks),

@@ -23,6 +23,7 @@ class Weights:
 
     block: int  # of the largest block, without what computes once per request
     context: int  # of a block's linears that compute once per request
+    context_linear: int  # of the largest of these; streamed, they come one by one
     rest: int  # outside the blocks, always on the device
     on_demand: int  # the largest part outside the blocks that comes for a call
     num_blocks: int
@@ -60,9 +61,11 @@ def plan_memory(weights: Weights, config: TransformerConfig, tokens: int, budget
         needed = whole + activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES
         if needed <= budget:
             return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed, 0, 0)
-    in_turn = max(_PLACES * weights.block, weights.on_demand) + weights.context + context_keys(config) + weights.rest
+    in_turn = _PLACES * weights.block + weights.context_linear + context_keys(config) + weights.rest
     for piece in pieces or [tokens]:
-        needed = in_turn + activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES
+        # the timestep's projection comes and goes before there are tokens
+        at_once = max(activations(config, tokens, piece), weights.on_demand)
+        needed = in_turn + at_once + DEVICE_OVERHEAD_BYTES
         if needed <= budget:
             return _streamed(weights, config, piece, needed, budget)
     raise DoesNotFit(

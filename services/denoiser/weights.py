@@ -22,7 +22,14 @@ from runtime.weights import (
 )
 from services.denoiser.attention import AUTO, Attention
 from services.denoiser.model import DiffusionTransformer, Linear, TransformerConfig
-from services.denoiser.quantisation import DATA, UNUSED, check_quantization, quantize_modules, quantized_names
+from services.denoiser.quantisation import (
+    DATA,
+    UNUSED,
+    block_linears,
+    check_quantization,
+    quantize_modules,
+    quantized_names,
+)
 
 # deepbeepmeep/Wan2GP 8681e9f models/wan/modules/model.py: other names its files may have, and what they carry besides
 _WAN2GP_RENAMES = (
@@ -94,6 +101,19 @@ def load_transformer(
     placed = {name: tensor.to(device=device, dtype=dtypes[name]) for name, tensor in renamed.items()}
     load_weights(model, placed, source=source)
     return model
+
+
+def unloaded_transformer(config: TransformerConfig, *, quantized: bool) -> DiffusionTransformer:
+    """The model on the meta device, in the dtypes that it has on a GPU: for counting bytes before there are weights."""
+    quantised = [f"{name}{DATA}" for name in _block_linear_names(config)] if quantized else []
+    model, dtypes = _build(config, quantised, torch.bfloat16, AUTO)
+    tensors = {name: torch.empty_like(tensor, dtype=dtypes[name]) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _block_linear_names(config: TransformerConfig) -> list[str]:
+    return block_linears(build_on_meta(lambda: DiffusionTransformer(config)))
 
 
 def checkpoint_problems(config: TransformerConfig, shapes: Mapping[str, Sequence[int]]) -> list[str]:

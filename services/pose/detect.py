@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from services.pose.bilinear import Frame, bilinear
 from services.pose.onnx import OnnxNetwork, WrongNetwork
+from services.pose.threads import beside_each_other
 
 Boxes = npt.NDArray[np.float32]
 """[n, 5]: left, top, right, bottom in pixels, score; best score first. Boxes may reach beyond the frame."""
@@ -46,6 +47,8 @@ class YoloxDetector:
     def __init__(self, network: OnnxNetwork, config: YoloxConfig = YoloxConfig()) -> None:
         """Raises WrongNetwork: its output is not that of YOLOX for its input."""
         self.network, self.config = network, config
+        # kept: the system takes as long to give so much memory as the pictures take to make
+        self._pictures = np.empty((0, 3, network.height, network.width), np.float32)
         cells = sum((network.height // stride) * (network.width // stride) for stride in config.strides)
         classes = config.person + 1
         self._output, shape = next(iter(network.shapes.items()))
@@ -62,12 +65,18 @@ class YoloxDetector:
             frames: uint8 RGB [H, W, 3], of any size; all are held in memory at the network's size.
         """
         height, width = self.network.height, self.network.width
-        boxed = [letterbox(frame, height, width) for frame in frames]
-        pictures = np.empty((len(frames), 3, height, width), np.float32)
-        for picture, (canvas, _) in zip(pictures, boxed, strict=True):
+        if self._pictures.shape != (len(frames), 3, height, width):
+            self._pictures = np.empty((len(frames), 3, height, width), np.float32)
+        pictures = self._pictures
+
+        def put_in(picture: npt.NDArray[np.float32], frame: Frame) -> float:
+            canvas, ratio = letterbox(frame, height, width)
             picture[:] = canvas[..., ::-1].transpose(2, 0, 1)  # BGR, as the network was trained
+            return ratio
+
+        ratios = beside_each_other(put_in, pictures, frames)
         raw = self.network.run(pictures)[self._output]
-        return [self._people(cells, ratio) for cells, (_, ratio) in zip(raw, boxed, strict=True)]
+        return [self._people(cells, ratio) for cells, ratio in zip(raw, ratios, strict=True)]
 
     def _people(self, raw: npt.NDArray[np.float32], ratio: float) -> Boxes:
         found = candidates(raw, self.network.height, self.network.width, ratio, self.config)

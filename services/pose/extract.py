@@ -1,48 +1,57 @@
-"""A driving video -> pose frames of one person: found, followed, located in 3D, fitted to a reference picture, drawn.
+"""A driving video -> pose frames: people found, followed, located in 3D, fitted to a reference picture, drawn.
 
 The frames of the video are read once to find people and once to locate joints, a few at a time; what is kept of all of
-them are keypoints and joints, some kilobytes per frame.
+them are keypoints and joints, some kilobytes per frame and person. One person is fitted to the reference picture;
+several are drawn where they stand, each in a palette of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
 
-from bunraku.errors import InvalidRequest, NotThereYet
+from bunraku.errors import InvalidRequest
 from runtime.gpu import raise_if_cancelled
 from services.pose.align import align
+from services.pose.bridging import bridge_joints, bridge_person
+from services.pose.clip import Clip, Frame, covering
 from services.pose.draw import draw_clip
-from services.pose.fit import halve
+from services.pose.habits import Habits
 from services.pose.keypoints import NUM_KEYPOINTS
-from services.pose.nlf.config import QUIRKS, NlfQuirks
+from services.pose.nlf.config import NlfQuirks
 from services.pose.people import People, largest, only_inside
-from services.pose.persons.tracking import NOBODY, PersonTracker
-from services.pose.quirks import PRESETS, PoseQuirks
-from services.pose.skeleton import Camera, known
+from services.pose.persons.masks import PersonMasks
+from services.pose.persons.tracking import PersonTracker
+from services.pose.progress import Gaps, Progress
+from services.pose.quirks import REFERENCE_STROKES, PoseQuirks, Strokes
+from services.pose.several import NUM_JOINTS, Found, detected_boxes, follow
+from services.pose.skeleton import Camera, known, without_near
 from services.pose.whole_body import Person, as_people, bridge
 
-Frame = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
-PoseFrames = npt.NDArray[np.float16]
 
-NUM_JOINTS = 24
 _BATCH_FRAMES = 16
 _ANYWHERE = np.array([0, 0, 1, 1], np.float32)
+_BRIDGED_SECONDS = 1.0
+"""Several people: whoever is missing for longer has left the picture."""
+_AS_LARGE, _AS_OFTEN = 0.8, 0.5
+"""Somebody beyond those asked for makes it unclear who is meant who has this share of the area of the smallest of them,
+in more than this share of the frames."""
 
 
 class PoseModels(Protocol):
-    """The networks of an extraction. `device` is where pose frames are drawn."""
+    """The networks of an extraction. `device` is where pose frames are drawn; `masks` are its back-ends by name."""
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def masks(self) -> Mapping[str, PersonMasks]: ...
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
         """The people of each frame uint8 [H, W, 3], best box first; `phantom` as for whole_body.find_people."""
@@ -51,57 +60,6 @@ class PoseModels(Protocol):
     def joints(self, frames: Sequence[Frame], quirks: NlfQuirks) -> Float32s:
         """Joints of the best person of each frame: [n, 24, 3] millimetres in the frame's camera, zeros for nobody."""
         ...
-
-
-@dataclass(frozen=True)
-class Habits:
-    """How an extraction decides.
-
-    Attributes:
-        pose, nlf: settings of the drawing and of the 3D estimator.
-        follows: the largest person of the first frame that shows anybody is followed, and bridged where missing;
-            otherwise the best box of each frame is taken for the person, as both released programs do.
-    """
-
-    pose: PoseQuirks
-    nlf: NlfQuirks
-    follows: bool
-
-
-HABITS: Mapping[str, Habits] = {
-    "": Habits(PRESETS["recommended"], QUIRKS["default"], follows=True),
-    "wan2gp": Habits(PRESETS["wan2gp"], QUIRKS["wan2gp"], follows=False),
-    "official": Habits(PRESETS["official"], QUIRKS["official"], follows=False),
-}
-"""By the preset that a request names; empty: recommended."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The driving video: `read` gives its num_frames frames from the first on, whenever it is called."""
-
-    read: Callable[[], Iterator[Frame]]
-    num_frames: int
-    height: int
-    width: int
-
-    def batches(self, size: int) -> Iterator[list[Frame]]:
-        """The frames, uint8 [height, width, 3] of the video to be made, so many at a time."""
-        frames = islice(self.read(), self.num_frames)
-        while batch := [covering(frame, self.height, self.width) for frame in islice(frames, size)]:
-            raise_if_cancelled()
-            yield batch
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a step has come: `detect`, `track`, `joints`, `align` or `render`. The message that ends a step also names
-    the frames that are known to be bridged by then."""
-
-    step: str
-    completed_frames: int
-    total_frames: int
-    bridged_frames: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,73 +89,128 @@ class Drawing:
         ]
 
 
+@dataclass(frozen=True)
+class _Posed:
+    """A drawing, the people to paint in each frame, and what is missing of each person."""
+
+    drawing: Drawing
+    painted: list[People]
+    gaps: tuple[Gaps, ...]
+
+
+Steps = Generator[Progress, None, "_Posed"]
+
+
 class PoseExtractor:
     """Goes through the steps with models that are given; serves any number of clips.
 
     Args:
+        strokes: how thick things are drawn.
         batch_frames: frames that are in memory, and looked at, together.
     """
 
-    def __init__(self, models: PoseModels, *, batch_frames: int = _BATCH_FRAMES) -> None:
-        self._models, self._batch_frames = models, batch_frames
+    def __init__(
+        self, models: PoseModels, strokes: Strokes = REFERENCE_STROKES, *, batch_frames: int = _BATCH_FRAMES
+    ) -> None:
+        self._models, self._strokes, self._batch_frames = models, strokes, batch_frames
+
+    @property
+    def mask_backends(self) -> Mapping[str, PersonMasks]:
+        """What can make masks of several people, by name."""
+        return self._models.masks
 
     def extract(
-        self, clip: Clip, reference: Frame, habits: Habits, *, people: int = 1
-    ) -> Iterator[Progress | Drawing | PoseFrames]:
-        """Progress as it comes, then the drawing, then the pose frames [n, height / 2, width / 2, 3] in order.
+        self,
+        clip: Clip,
+        reference: Frame | None,
+        habits: Habits,
+        *,
+        people: int = 1,
+        backend: PersonMasks | None = None,
+    ) -> Iterator[Progress | Drawing | Frame]:
+        """Progress as it comes, then the drawing, then the frames uint8 [n, height, width, 3] in order.
 
         Args:
-            reference: uint8 [H, W, 3] of any size, the person whom the poses are fitted to.
-            people: to follow; so far one.
+            reference: uint8 [H, W, 3] of any size, the person whom the poses of one person are fitted to; None: they
+                stay where they are.
+            people: to follow, the largest; they are drawn in the order of their places.
+            backend: makes masks of several people; None: they are told apart by their boxes.
 
         Raises:
-            InvalidRequest: `video` shows nobody, or its first frame fewer people than `people`.
-            NotThereYet: several people.
+            InvalidRequest: `video` shows nobody; or fewer `people` than are asked for, or more that may be meant.
         """
-        if people > 1:
-            self._refuse_several(clip, people)
-        found = yield from self._find(clip, habits)
-        persons = [next((person for person in frame if person.detected), None) for frame in found]
-        if not any(persons):
-            raise InvalidRequest(("video", f"shows nobody: no person was found in its {clip.num_frames} frames"))
-        missing = _missing(persons) if habits.follows else ()
-        yield Progress("track", clip.num_frames, clip.num_frames, missing)
+        found = yield from self._find(clip, habits, people)
+        _check_people(found, people, habits)
+        if people == 1:
+            posed = yield from self._one(clip, found, reference, habits)
+        else:
+            posed = yield from self._several(clip, found, people, backend, habits)
+        yield Progress("align", clip.num_frames, clip.num_frames, posed.gaps)
+        yield posed.drawing
+        drawn, size = 0, (clip.height, clip.width)
+        for frames in draw(posed.drawing, *size, habits.pose, self._strokes, self._models.device, clip=posed.painted):
+            drawn += len(frames)
+            yield frames
+            yield Progress("render", drawn, clip.num_frames, posed.gaps if drawn == clip.num_frames else ())
+
+    def _find(self, clip: Clip, habits: Habits, people: int) -> Generator[Progress, None, list[Found]]:
+        """Everybody in each frame, and which of them are the people who are followed."""
+        tracker, found = PersonTracker(people), list[Found]()
+        follows = habits.follows or people > 1
+        for frames in clip.batches(self._batch_frames):
+            seen = self._models.people(frames, phantom=habits.pose.draw_undetected)
+            for frame, everybody in zip(frames, seen, strict=True):
+                boxes = detected_boxes(everybody, frame) if follows else ()
+                found.append(Found(everybody, tracker.update(frame, boxes)))
+            yield Progress("detect", len(found), clip.num_frames)
+        return found
+
+    def _one(self, clip: Clip, found: Sequence[Found], reference: Frame | None, habits: Habits) -> Steps:
+        """One person, fitted to the reference picture."""
+        if habits.follows:
+            shown = [[person] if (person := frame.at(0)) else [] for frame in found]
+        else:
+            shown = [frame.everybody for frame in found]
+        persons = [next((person for person in frame if person.detected), None) for frame in shown]
+        missing = tuple(index for index, person in enumerate(persons) if person is None) if habits.follows else ()
+        yield Progress("track", clip.num_frames, clip.num_frames, (Gaps(missing),))
         joints = yield from self._locate(clip, persons, habits)
         if not known(joints).any():
             raise InvalidRequest(("video", "shows nobody whose joints can be located"))
         if habits.follows:
-            found = [[person] for person in bridge(persons)[0]]
+            shown = [[person] for person in bridge(persons)[0]]
             joints, unlocated = bridge_joints(joints)
             missing = tuple(sorted({*missing, *unlocated}))
-        yield Progress("joints", clip.num_frames, clip.num_frames, missing)
-        aligned = align(
-            joints,
-            [as_people(frame, habits.pose.hands) for frame in found],
-            self._reference(covering(reference, clip.height, clip.width), habits),
-            clip.height,
-            clip.width,
-            habits.pose,
-        )
-        yield Progress("align", clip.num_frames, clip.num_frames, missing)
+        yield Progress("joints", clip.num_frames, clip.num_frames, (Gaps(missing),))
+        people = [as_people(frame, habits.pose.hands) for frame in shown]
+        aligned = align(joints, people, self._reference(reference, clip, habits), clip.height, clip.width, habits.pose)
         painted = [_single_precision(frame) for frame in aligned.clip]
+        keypoints = _keypoints(painted, [frame[:1] for frame in shown], 1)
         camera = aligned.camera.matrix().astype(np.float32)
-        drawing = Drawing(joints[:, None], _keypoints(painted, found), camera)
-        yield drawing
-        drawn = 0
-        for frames in draw(drawing, clip.height, clip.width, habits.pose, self._models.device, clip=painted):
-            drawn += len(frames)
-            yield frames
-            yield Progress("render", drawn, clip.num_frames, missing if drawn == clip.num_frames else ())
+        return _Posed(Drawing(joints[:, None], keypoints, camera), painted, (Gaps(missing),))
 
-    def _find(self, clip: Clip, habits: Habits) -> Generator[Progress, None, list[list[Person]]]:
-        """Who is taken of each frame: one person or none where a person is followed, otherwise everybody."""
-        tracker, found = PersonTracker(1), list[list[Person]]()
-        for frames in clip.batches(self._batch_frames):
-            seen = self._models.people(frames, phantom=habits.pose.draw_undetected)
-            for frame, people in zip(frames, seen, strict=True):
-                found.append(_followed(tracker, frame, people) if habits.follows else people)
-            yield Progress("detect", len(found), clip.num_frames)
-        return found
+    def _several(
+        self, clip: Clip, found: Sequence[Found], people: int, backend: PersonMasks | None, habits: Habits
+    ) -> Steps:
+        """Several people, where they stand."""
+        followed = yield from follow(clip, found, backend, self._models, habits, self._batch_frames)
+        persons, joints, gaps = followed.persons, followed.joints, tuple(Gaps() for _ in range(people))
+        if not known(joints).any():
+            raise InvalidRequest(("video", "shows nobody whose joints can be located"))
+        if habits.follows or backend is None:
+            longest = max(1, round(_BRIDGED_SECONDS * clip.frames_per_second))
+            each = [
+                bridge_person([frame[place] for frame in persons], joints[:, place], longest) for place in range(people)
+            ]
+            persons = [list(frame) for frame in zip(*(one[0] for one in each), strict=True)]
+            joints, gaps = np.stack([one[1] for one in each], axis=1), tuple(one[2] for one in each)
+        yield Progress("joints", clip.num_frames, clip.num_frames, gaps)
+        painted = [
+            _single_precision(_people_at(everybody.everybody, frame, habits))
+            for everybody, frame in zip(found, persons, strict=True)
+        ]
+        drawing = Drawing(joints, _keypoints(painted, persons, people), Drawing.plain_camera(clip.height, clip.width))
+        return _Posed(drawing, painted, gaps)
 
     def _locate(
         self, clip: Clip, persons: Sequence[Person | None], habits: Habits
@@ -209,49 +222,20 @@ class PoseExtractor:
             shown = [(index, person) for index, person in enumerate(persons[begin : begin + len(frames)]) if person]
             if shown:
                 alone = [only_inside(frames[index], person.box.tolist()) for index, person in shown]
-                joints[[begin + index for index, _ in shown]] = self._models.joints(alone, habits.nlf)
+                joints[[begin + index for index, _ in shown]] = without_near(self._models.joints(alone, habits.nlf))
             begin += len(frames)
             if begin < clip.num_frames:
                 yield Progress("joints", begin, clip.num_frames)
         return joints
 
-    def _reference(self, frame: Frame, habits: Habits) -> People:
+    def _reference(self, picture: Frame | None, clip: Clip, habits: Habits) -> People:
         """The people of the reference picture, the one to fit to first."""
+        if picture is None:
+            return as_people([], habits.pose.hands)
+        frame = covering(picture, clip.height, clip.width, clip.fit)
         [found] = self._models.people([frame], phantom=habits.pose.draw_undetected)
         people = as_people(found, habits.pose.hands)
         return people.pick(largest(people.boxes, 1)) if habits.follows else people
-
-    def _refuse_several(self, clip: Clip, people: int) -> None:
-        [frame] = next(clip.batches(1))
-        [found] = self._models.people([frame], phantom=False)
-        if len(found) < people:
-            raise InvalidRequest(("people", f"asks for {people}, frame 0 of the video shows {len(found)}"))
-        raise NotThereYet("people: following several people is not there yet, ask for 1")
-
-
-def covering(frame: Frame, height: int, width: int) -> Frame:
-    """A frame [h, w, 3] scaled to cover height x width and cropped at its centre.
-
-    Source: deepbeepmeep/Wan2GP 8681e9f models/wan/scail (Lanczos on 8-bit frames).
-    """
-    if frame.shape[:2] == (height, width):
-        return frame
-    return np.asarray(ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS))
-
-
-def bridge_joints(joints: Float32s) -> tuple[Float32s, list[int]]:
-    """Joints [num_frames, 24, 3] with the frames that have none filled in, and the indices of those.
-
-    As whole_body.bridge: in a straight line between neighbours, standing still before the first and after the last. At
-    least one frame has joints.
-    """
-    found = known(joints).any(axis=1)
-    at, missing = np.flatnonzero(found), np.flatnonzero(~found)
-    filled = joints.copy()
-    flat = filled.reshape(len(joints), -1)
-    for column in flat.T:
-        column[missing] = np.interp(missing, at, column[at])
-    return filled, missing.tolist()
 
 
 def draw(
@@ -259,11 +243,12 @@ def draw(
     height: int,
     width: int,
     quirks: PoseQuirks,
+    strokes: Strokes,
     device: torch.device,
     *,
     clip: Sequence[People] | None = None,
-) -> Iterator[PoseFrames]:
-    """Pose frames, a few at a time: [n, height / 2, width / 2, 3], levels 0 to 255.
+) -> Iterator[Frame]:
+    """The frames uint8 [n, height, width, 3], a few at a time.
 
     Args:
         height, width: of the video to be made.
@@ -271,20 +256,45 @@ def draw(
     """
     people = drawing.clip() if clip is None else clip
     camera = Camera.from_matrix(drawing.camera)
-    for frames in draw_clip(drawing.joints, people, camera, height, width, quirks, device=device):
+    for frames in draw_clip(drawing.joints, people, camera, height, width, quirks, strokes, device=device):
         raise_if_cancelled()
-        yield np.stack([halve(frame) for frame in frames.cpu().numpy()])
+        yield frames.cpu().numpy()
 
 
-def _missing(persons: Sequence[Person | None]) -> tuple[int, ...]:
-    return tuple(index for index, person in enumerate(persons) if person is None)
+def _check_people(found: Sequence[Found], people: int, habits: Habits) -> None:
+    """Raises InvalidRequest where a clip does not show those who are to be followed."""
+    boxes = [[person.box for person in frame.everybody if person.detected] for frame in found]
+    counts = [len(frame) for frame in boxes]
+    if not any(counts):
+        frames = len(found)
+        raise InvalidRequest(("video", f"shows nobody: no person was found in its {frames} frames (0 to {frames - 1})"))
+    at_most = max(counts) if habits.follows else counts[0]
+    if people > 1 and at_most < people:
+        where = f"no frame of the video shows more than {at_most}" if habits.follows else f"frame 0 shows {at_most}"
+        raise InvalidRequest(("people", f"asks for {people}, {where}"))
+    if not habits.follows:
+        return
+    crowded = [index for index, frame in enumerate(boxes) if len(frame) > people and _is_unclear(frame, people)]
+    if len(crowded) > _AS_OFTEN * len([count for count in counts if count]):
+        text = f"is {people}, the video shows more of about the same size in {len(crowded)} of its {len(found)} frames "
+        raise InvalidRequest(("people", f"{text}(first in frame {crowded[0]}): ask for all of them or mask the others"))
 
 
-def _followed(tracker: PersonTracker, frame: Frame, people: Sequence[Person]) -> list[Person]:
-    """The person among the people of the next frame."""
-    height, width = frame.shape[:2]
-    boxes = np.array([person.box for person in people], np.float64).reshape(-1, 4) * [width, height, width, height]
-    return [people[row] for row in tracker.update(frame, boxes) if row != NOBODY]
+def _is_unclear(boxes: Sequence[Float32s], people: int) -> bool:
+    """Whether somebody beyond the largest is about as large as the smallest of these."""
+    areas = sorted(((right - left) * (bottom - top) for left, top, right, bottom in boxes), reverse=True)
+    return bool(areas[people] >= _AS_LARGE * areas[people - 1])
+
+
+def _people_at(everybody: Sequence[Person], places: Sequence[Person | None], habits: Habits) -> People:
+    """The people of a frame who are painted: those at the places, with the hands that the habits give them."""
+    persons = [person for person in places if person is not None]
+    if habits.pose.hands == "own":
+        return as_people(persons, "own")
+    rows = [index for person in persons for index, one in enumerate(everybody) if one is person]
+    if len(rows) < len(persons):  # a bridged person is in no frame
+        return as_people(persons, "own")
+    return as_people(everybody, habits.pose.hands).pick(rows)
 
 
 def _single_precision(people: People) -> People:
@@ -293,11 +303,12 @@ def _single_precision(people: People) -> People:
     return replace(people, **parts)
 
 
-def _keypoints(painted: Sequence[People], found: Sequence[Sequence[Person]]) -> Float32s:
-    """Keypoints [num_frames, 1, 134, 3] of the first person of each frame, where they are painted; zeros for nobody."""
-    keypoints = np.zeros((len(painted), 1, NUM_KEYPOINTS, 3), np.float32)
-    for row, people, persons in zip(keypoints[:, 0], painted, found, strict=True):
-        if len(people):
-            row[:, :2] = np.concatenate([people.bodies[0], people.faces[0], *people.hands[0]])
-            row[:, 2] = persons[0].keypoints[:, 2]
+def _keypoints(painted: Sequence[People], found: Sequence[Sequence[Person | None]], places: int) -> Float32s:
+    """Keypoints [num_frames, places, 134, 3] of those who are painted, where they are; zeros for nobody."""
+    keypoints = np.zeros((len(painted), places, NUM_KEYPOINTS, 3), np.float32)
+    for rows, people, persons in zip(keypoints, painted, found, strict=True):
+        there = [(place, person) for place, person in enumerate(persons) if person is not None]
+        for index, (place, person) in enumerate(there[: len(people)]):
+            parts = (people.bodies[index], people.faces[index], *people.hands[index])
+            rows[place, :, :2], rows[place, :, 2] = np.concatenate(parts), person.keypoints[:, 2]
     return keypoints

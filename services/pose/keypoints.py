@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from services.pose.bilinear import Frame, bilinear
 from services.pose.onnx import OnnxNetwork, WrongNetwork
+from services.pose.threads import beside_each_other
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -115,8 +116,12 @@ class WholeBodyEstimator:
         height, width = self.network.height, self.network.width
         transforms = crop_transforms(*crop_windows(np.stack([box[:4] for _, box in people]), width / height), width)
         pictures = np.empty((len(people), 3, height, width), np.float32)
-        for picture, (frame, _), transform in zip(pictures, people, transforms, strict=True):
-            picture[:] = normalised(crop(frame, transform, height, width)[..., ::-1]).transpose(2, 0, 1)  # BGR
+
+        def put_in(picture: Floats, person: tuple[Frame, Floats], transform: Floats) -> None:
+            shown = crop(person[0], transform, height, width)
+            picture[:] = normalised(shown[..., ::-1]).transpose(2, 0, 1)  # BGR
+
+        beside_each_other(put_in, pictures, people, transforms)
         outputs = self.network.run(pictures)
         places, scores = decode_simcc(outputs[self._x], outputs[self._y], self.split_ratio)
         return openpose(to_frame(places, transforms), scores)

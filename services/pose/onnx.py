@@ -6,8 +6,10 @@ name, each [n, ...].
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,9 @@ from runtime.gpu import raise_if_cancelled
 Pictures = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[np.float32]]
 
+# protobuf's wire format, and the fields of ONNX that lead to the weights
+_VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}
+_GRAPH, _INITIALIZER, _DIMS = 7, 5, 1
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _UNREADABLE = (
     states.Fail,
@@ -188,6 +193,76 @@ def _picture_input(session: Session, source: str) -> tuple[str, tuple[int | None
     raise WrongNetwork(
         f"{source}: must take one float32 [n, 3, height, width] of fixed height and width, has {described}"
     )
+
+
+def count_parameters(path: Path) -> int:
+    """Numbers in the weights of an ONNX file, of any type; onnxruntime does not tell.
+
+    The file is a protobuf: ModelProto.graph (7), GraphProto.initializer (5), TensorProto.dims (1).
+
+    Raises:
+        WrongNetwork: it is not one.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return sum(
+                math.prod(_numbers(data, tensor, _DIMS))
+                for graph in _messages(data, slice(0, len(data)), _GRAPH)
+                for tensor in _messages(data, graph, _INITIALIZER)
+            )
+    except (OSError, ValueError, IndexError) as error:
+        raise WrongNetwork(f"{path} is not an ONNX file: {error}") from error
+
+
+def _messages(data: mmap.mmap, part: slice, wanted: int) -> Iterator[slice]:
+    """Where the messages in a field of a message are."""
+    for field, value in _fields(data, part):
+        if field == wanted and isinstance(value, slice):
+            yield value
+
+
+def _numbers(data: mmap.mmap, part: slice, wanted: int) -> Iterator[int]:
+    """The whole numbers in a field of a message, one by one or packed."""
+    for field, value in _fields(data, part):
+        if field == wanted and isinstance(value, int):
+            yield value
+        elif field == wanted and isinstance(value, slice):
+            at = value.start
+            while at < value.stop:
+                number, at = _varint(data, at)
+                yield number
+
+
+def _fields(data: mmap.mmap, part: slice) -> Iterator[tuple[int, int | slice]]:
+    """Fields of the message in a part of the file: numbers, and where bytes are; those of fixed size are left out."""
+    at = part.start
+    while at < part.stop:
+        tag, at = _varint(data, at)
+        field, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            value, at = _varint(data, at)
+            yield field, value
+        elif kind == _BYTES:
+            size, at = _varint(data, at)
+            if size > part.stop - at:
+                raise ValueError("it is cut off")
+            yield field, slice(at, at + size)
+            at += size
+        elif kind in _FIXED_SIZES:
+            at += _FIXED_SIZES[kind]
+        else:
+            raise ValueError(f"unknown kind of field {kind}")
+
+
+def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """A number of up to ten bytes of seven bits, the lowest first; and where it ends."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        number, at = number | (byte & 0x7F) << shift, at + 1
+        if byte < 0x80:
+            return number, at
+    raise ValueError("a number is too long")
 
 
 def open_session(path: Path, settings: OnnxSettings) -> Session:

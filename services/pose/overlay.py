@@ -19,6 +19,7 @@ from torch import Tensor
 
 from services.pose import raster
 from services.pose.people import Floats, People
+from services.pose.quirks import REFERENCE_STROKES, Strokes
 from services.pose.raster import Ints
 
 Colours = npt.NDArray[np.uint8]
@@ -27,10 +28,8 @@ _LINKS = ((0, 14), (14, 16), (0, 15), (15, 17))
 """Nose, right eye, right ear; nose, left eye, left ear."""
 # painted at full strength and then dimmed to 0.6, together with the rest of the canvas
 _LINK_COLOURS: Colours = np.array([(51, 0, 153), (102, 0, 153), (153, 0, 153), (153, 0, 102)], np.uint8)
-_LINK_HALF_WIDTH = 4
 _HEAD_POINTS = (0, 14, 15, 16, 17)
 _HEAD_COLOURS: Colours = np.array([(255, 0, 0), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)], np.uint8)
-_HEAD_RADIUS = 4
 _FINGERS = tuple(
     (0 if step == 0 else finger + step, finger + step + 1) for finger in range(0, 20, 4) for step in range(4)
 )
@@ -60,16 +59,16 @@ class Overlay:
         frames[at] = torch.where(colours != 0, colours, frames[at])
 
 
-Strokes = Iterator[tuple[raster.Pixels, Colours]]
+Painted = Iterator[tuple[raster.Pixels, Colours]]
 """Pixels whose first array is the person, and their colours [P, 3]; later ones cover earlier ones."""
 
 
-def overlay(clip: Sequence[People], height: int, width: int) -> Overlay:
+def overlay(clip: Sequence[People], height: int, width: int, strokes: Strokes = REFERENCE_STROKES) -> Overlay:
     """Paints the people of some frames."""
     area = height * width
-    strokes = list(_strokes(clip, height, width))
-    canvas_pixels = np.concatenate([person * area + y * width + x for (person, y, x), _ in strokes])
-    colours = np.concatenate([colours for _, colours in strokes])
+    painted_parts = list(_painted(clip, height, width, strokes))
+    canvas_pixels = np.concatenate([person * area + y * width + x for (person, y, x), _ in painted_parts])
+    colours = np.concatenate([colours for _, colours in painted_parts])
     # of all that is painted on one pixel of a canvas, the last is seen
     painted, last = np.unique(canvas_pixels[::-1], return_index=True)
     frame_of = np.repeat(np.arange(len(clip)), [len(people) for people in clip])
@@ -80,23 +79,23 @@ def overlay(clip: Sequence[People], height: int, width: int) -> Overlay:
     return Overlay(pixels // area, pixels // width % height, pixels % width, summed)
 
 
-def _strokes(clip: Sequence[People], height: int, width: int) -> Strokes:
+def _painted(clip: Sequence[People], height: int, width: int, strokes: Strokes) -> Painted:
     """All shapes of all people, counted through the clip, in the order of painting."""
     bodies, faces, hands = (
         np.concatenate([getattr(people, name) for people in clip]) for name in ("bodies", "faces", "hands")
     )
     visible = np.concatenate([people.visible for people in clip])
     size = np.array([width, height], np.float64)
-    thickness = min(max(min(height, width) // 300, 1), 2)
-    yield _links(bodies[:, :18] * size, visible, height, width)
+    radius = strokes.dot_radius(height, width)
+    yield _links(bodies[:, :18] * size, visible, strokes.head_radius_px, height, width)
     head = list(_HEAD_POINTS)
-    yield _dots(bodies[:, head] * size, visible[:, head], _HEAD_COLOURS, _HEAD_RADIUS, height, width)
+    yield _dots(bodies[:, head] * size, visible[:, head], _HEAD_COLOURS, strokes.head_radius_px, height, width)
     for side in (0, 1):
         points = hands[:, side] * size
-        yield _edges(points, thickness, height, width)
-        yield _dots(points, _on_picture(points), _HAND_POINT_COLOUR, thickness, height, width)
+        yield _edges(points, max(radius, 1), height, width)
+        yield _dots(points, _on_picture(points), _HAND_POINT_COLOUR, radius, height, width)
     points = faces[:, list(_FACE_POINTS)] * size
-    yield _dots(points, _on_picture(points), _FACE_COLOUR, thickness, height, width)
+    yield _dots(points, _on_picture(points), _FACE_COLOUR, radius, height, width)
 
 
 def _on_picture(points: Floats) -> npt.NDArray[np.bool_]:
@@ -104,14 +103,16 @@ def _on_picture(points: Floats) -> npt.NDArray[np.bool_]:
     return np.asarray((points.astype(np.int64) > 0).all(axis=-1))
 
 
-def _links(points: Floats, visible: npt.NDArray[np.bool_], height: int, width: int) -> tuple[raster.Pixels, Colours]:
+def _links(
+    points: Floats, visible: npt.NDArray[np.bool_], half_width: int, height: int, width: int
+) -> tuple[raster.Pixels, Colours]:
     """Ellipses between two points of the head, in a dimmed colour each."""
     first, second = (np.array(_LINKS)[:, end] for end in (0, 1))
     person, link = (visible[:, first] & visible[:, second]).nonzero()
     a, b = points[person, first[link]], points[person, second[link]]
     delta = a - b
     half = np.hypot(delta[:, 0], delta[:, 1]) / 2
-    axes = np.stack([half.astype(np.int64), np.full(len(half), _LINK_HALF_WIDTH)], axis=-1)
+    axes = np.stack([half.astype(np.int64), np.full(len(half), half_width)], axis=-1)
     degrees = np.degrees(np.arctan2(delta[:, 1], delta[:, 0])).astype(np.int64)
     corners = raster.ellipses(((a + b) / 2).astype(np.int64), axes, degrees)
     shape, y, x = raster.polygons(corners, height, width)

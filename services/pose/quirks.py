@@ -12,11 +12,35 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class PoseQuirks:
-    """Settings of the pose frames; the defaults are the recommended ones, each with its reason."""
+class Strokes:
+    """How thick things are drawn: a choice of the bundle, since small pictures need other strokes than large ones.
+
+    Attributes:
+        capsule_radius_mm: half the thickness of a limb.
+        head_radius_px: of the discs on nose, eyes and ears, and half the thickness of the links between them.
+        dot_radius_px: of the points of hands and faces, and the thickness of fingers (1 at least, 2 at most); None: by
+            the size of the picture.
+
+    The defaults are those of both references.
+    """
 
     capsule_radius_mm: float = 21.5
-    """Half the thickness of a limb. Both references: 21.5. A model for small pictures needs thicker limbs."""
+    head_radius_px: int = 4
+    dot_radius_px: int | None = None
+
+    def dot_radius(self, height: int, width: int) -> int:
+        """`dot_radius_px`, or that of the references: 1, and 2 where the shorter side has 600 pixels or more."""
+        if self.dot_radius_px is not None:
+            return self.dot_radius_px
+        return min(max(min(height, width) // 300, 1), 2)
+
+
+REFERENCE_STROKES = Strokes()
+
+
+@dataclass(frozen=True)
+class PoseQuirks:
+    """Settings of the pose frames; the defaults are the recommended ones, each with its reason."""
 
     hands: Literal["own", "stacked"] = "own"
     """Whose hands a person gets. The keypoint stage stacks all left hands above all right hands; the references read

@@ -8,13 +8,15 @@ capsule only the tiles that it can touch are looked at, all capsules of all fram
 The entry depth is solved in closed form where the references march along the ray; they agree to the references' own
 noise. Colours fade with depth relative to the nearest and farthest joint of the whole clip, so that range comes first.
 
+One call renders one clip, or frames of any number of clips of one size, each with the camera and depths of its own: a
+GPU is busy only with hundreds of small pictures at a time. services.pose.draw.draw_clips does that from joints.
+
 Source of the light model: zai-org/SCAIL-Pose 830da75 render_3d/taichi_cylinder.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ _TILES_AT_ONCE, _TILES_AT_ONCE_CPU = 65536, 2048
 _NEAR_MM, _FADE_FAR_MM, _FADE_MARGIN_MM = 0.1, 20_000.0, 6_000.0
 _FAR_MIN_MM, _FAR_MAX_MM = 10_000.0, 25_000.0
 _AMBIENT, _DIFFUSE, _SPECULAR, _SHININESS = 0.3, 0.7, 0.5, 32
+_TILES_PER_TILE = 4
 _MISS = 0x7F800000
 """The bits of the float32 infinity: bits of positive float32 numbers are ordered as the numbers are."""
 
@@ -76,19 +79,63 @@ class View:
     radius: float
     depth: DepthRange
 
-    def rays(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Slopes u, v of the rays (u, v, 1) through pixels x, y."""
-        return (x - self.camera.cx) / self.camera.fx, (y - self.camera.cy) / self.camera.fy
+
+@dataclass(frozen=True)
+class _Views:
+    """How each of n frames is seen; those of one call differ in camera and depths only.
+
+    cameras: float32 [n, 4]: fx, fy, cx, cy. near, fade: where the light begins to fade, and over which length it does,
+    far: how far along a ray is looked; float32 [n], millimetres.
+    """
+
+    height: int
+    width: int
+    radius: float
+    cameras: Tensor
+    near: Tensor
+    fade: Tensor
+    far: Tensor
+
+    @classmethod
+    def of(cls, views: Sequence[View], device: torch.device | str) -> _Views:
+        first, depths = views[0], [view.depth for view in views]
+
+        def float32(values: Sequence[object]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(device)
+
+        return cls(
+            first.height,
+            first.width,
+            first.radius,
+            cameras=float32([(c.fx, c.fy, c.cx, c.cy) for c in (view.camera for view in views)]),
+            near=float32([max(depth.nearest, _NEAR_MM) for depth in depths]),
+            fade=float32([min(depth.farthest + _FADE_MARGIN_MM, _FADE_FAR_MM) - _NEAR_MM for depth in depths]),
+            far=float32([min(max(depth.farthest, _FAR_MIN_MM), _FAR_MAX_MM) for depth in depths]),
+        )
+
+    def rays(self, frame: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Slopes u, v of the rays (u, v, 1) through pixels x, y [..., K] of frames [K]."""
+        fx, fy, cx, cy = self.cameras[frame].unbind(-1)
+        return (x - cx) / fx, (y - cy) / fy
 
 
-def render(limbs: Limbs, view: View, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Renders frames that are few enough to be in memory together: 12 bytes per pixel of each.
+def render(limbs: Limbs, view: View | Sequence[View], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Renders frames that are few enough to be in memory together: 12 bytes per pixel of each, and a byte per limb and
+    64 pixels.
+
+    Args:
+        limbs: of n frames.
+        view: of all of them; or one per frame, of equal sizes and radii, where they are frames of several clips.
 
     Returns:
         frames uint8 [n, height, width, 3] on the device, black where there is no limb; and where there is one, bool
         [n, height, width].
     """
     capsules = Capsules.of(limbs, device)
+    return _render(capsules, _Views.of([view] * len(limbs) if isinstance(view, View) else view, device))
+
+
+def _render(capsules: Capsules, view: _Views) -> tuple[Tensor, Tensor]:
     keys = _nearest(capsules, view)
     drawn = keys < _MISS << 16
     frames = torch.zeros((*keys.shape, 3), dtype=torch.uint8, device=keys.device)
@@ -107,7 +154,7 @@ def render_clip(
         yield begin, frames
 
 
-def _nearest(capsules: Capsules, view: View) -> Tensor:
+def _nearest(capsules: Capsules, view: _Views) -> Tensor:
     """The nearest capsule of every pixel.
 
     Returns:
@@ -126,20 +173,21 @@ def _nearest(capsules: Capsules, view: View) -> Tensor:
         # pixels of a tile that stick out of the picture repeat its last row or column
         y = (row * _TILE + inside).clamp(max=view.height - 1)[:, None]  # [8, 1, K]
         x = (column * _TILE + inside).clamp(max=view.width - 1)  # [8, K]
-        depth = _entry_depth(*view.rays(x, y), forms.take(frame, capsule), view)  # [8, 8, K]
+        rays = view.rays(frame, x, y)
+        depth = _entry_depth(*rays, forms.take(frame, capsule), view.radius, view.far[frame])  # [8, 8, K]
         key = (depth.view(torch.int32).to(torch.int64) << 16) + capsule
         at = (frame * view.height + y) * view.width + x
         keys.view(-1).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
     return keys
 
 
-def _touched_tiles(capsules: Capsules, view: View) -> Tensor:
+def _touched_tiles(capsules: Capsules, view: _Views) -> Tensor:
     """Which tiles a capsule may be seen in, bool [n, C, rows, columns]; never too few.
 
     On the plane z = 1 a sphere at (X, Y, Z) is seen within a disc about (X / Z, Y / Z), and a capsule within the discs
     of its ends and what lies between them. One that reaches behind the camera may be seen anywhere.
     """
-    device, camera = capsules.starts.device, view.camera
+    device = capsules.starts.device
     ends = torch.stack([capsules.starts, capsules.ends])  # [2, n, C, 3]
     x, y, z = ends.unbind(-1)
     squared = z * z - view.radius**2
@@ -154,14 +202,33 @@ def _touched_tiles(capsules: Capsules, view: View) -> Tensor:
     def centres(length: int) -> Tensor:
         return torch.arange(0, length, _TILE, dtype=torch.float32, device=device) + (_TILE - 1) / 2
 
-    tile_u, tile_v = view.rays(centres(view.width), centres(view.height)[:, None])
-    half_diagonal = (_TILE - 1) / 2 * math.hypot(1 / camera.fx, 1 / camera.fy)
+    fx, fy, cx, cy = view.cameras[..., None, None, None].unbind(1)  # [n, 1, 1, 1]
+    tile_u, tile_v = (centres(view.width) - cx) / fx, (centres(view.height)[:, None] - cy) / fy
+    half_diagonal = (_TILE - 1) / 2 * torch.hypot(1 / fx, 1 / fy)
     off_u, off_v = tile_u - u, tile_v - v
     along = (off_u * toward_u + off_v * toward_v) / (toward_u**2 + toward_v**2).clamp(min=1e-12)
     along = along.clamp(0, 1)
     distance = torch.hypot(off_u - along * toward_u, off_v - along * toward_v)
     touched = distance <= reach + half_diagonal * 1.001
-    return (touched | behind[..., None, None]) & capsules.drawn[..., None, None]
+    touched = (touched | behind[..., None, None]) & capsules.drawn[..., None, None]
+    return touched & _affordable(touched, z.amin(0))[..., None, None]
+
+
+def _affordable(touched: Tensor, nearest: Tensor) -> Tensor:
+    """Which capsules are drawn, bool [n, C]: the nearest, up to a bound on the work of a frame.
+
+    People do not get near that bound. Joints an arm's length away, or behind the camera, may cover every tile; whatever
+    joints are given, a frame takes no more than _TILES_PER_TILE times what one limb over the whole picture takes.
+
+    Args:
+        touched: bool [n, C, rows, columns].
+        nearest: [n, C], the smallest z of each capsule.
+    """
+    tiles = touched.sum(dim=(2, 3))
+    order = nearest.argsort(dim=1, stable=True)
+    spent = tiles.gather(1, order).cumsum(dim=1)
+    affordable = spent <= _TILES_PER_TILE * touched.shape[2] * touched.shape[3]
+    return torch.zeros_like(affordable).scatter_(1, order, affordable)
 
 
 @dataclass(frozen=True)
@@ -213,7 +280,7 @@ def _dot(u: Tensor, v: Tensor, vector: Tensor) -> Tensor:
     return u * vector[0] + (v * vector[1] + vector[2])
 
 
-def _entry_depth(u: Tensor, v: Tensor, form: _Forms, view: View) -> Tensor:
+def _entry_depth(u: Tensor, v: Tensor, form: _Forms, radius: float, far: Tensor) -> Tensor:
     """z at which the ray (u, v, 1) z enters a capsule, infinite where it misses it or does so too far away.
 
     With d = (u, v, 1) and its part across the axis, |d_|^2 = |d|^2 - (d axis)^2, the ray meets the infinite cylinder at
@@ -224,30 +291,29 @@ def _entry_depth(u: Tensor, v: Tensor, form: _Forms, view: View) -> Tensor:
     along = _dot(u, v, form.axis)
     across = (squared - along * along).clamp(min=1e-12)
     moment = _dot(u, v, form.moment)
-    discriminant = across * view.radius**2 - moment * moment
+    discriminant = across * radius**2 - moment * moment
     depth = (_dot(u, v, form.foot) - discriminant.clamp(min=0).sqrt()) / across
     place = depth * along - form.start_along
     at_start, on_body = place <= 0, (place > 0) & (place < form.length)
     centre_x, centre_y, centre_z = (torch.where(at_start, s, e) for s, e in zip(form.start, form.end, strict=True))
     # of two limbs that share this joint the depths come out equal to the last bit
     offset = torch.stack([v * centre_z - centre_y, centre_x - u * centre_z, u * centre_y - v * centre_x])
-    sphere = squared * view.radius**2 - (offset * offset).sum(0)
+    sphere = squared * radius**2 - (offset * offset).sum(0)
     sphere_depth = (u * centre_x + (v * centre_y + centre_z) - sphere.clamp(min=0).sqrt()) / squared
     depth = torch.where(on_body, depth, sphere_depth)
     hit = (discriminant >= 0) & (on_body | (sphere >= 0))
     length = squared.sqrt()
     nearest = _NEAR_MM / length
     depth = torch.where(form.holds_camera, nearest, depth)
-    far = min(max(view.depth.farthest, _FAR_MIN_MM), _FAR_MAX_MM)
     seen = (hit & (depth > nearest) | form.holds_camera) & (depth * length <= far)
     return torch.where(seen, depth, torch.inf)
 
 
-def _shade(frame: Tensor, y: Tensor, x: Tensor, keys: Tensor, capsules: Capsules, view: View) -> Tensor:
+def _shade(frame: Tensor, y: Tensor, x: Tensor, keys: Tensor, capsules: Capsules, view: _Views) -> Tensor:
     """Colours uint8 [M, 3] of M pixels, whose nearest capsules and depths are in keys."""
     capsule = keys & 0xFFFF
     z = (keys >> 16).to(torch.int32).view(torch.float32)[:, None]
-    u, v = view.rays(x, y)
+    u, v = view.rays(frame, x, y)
     ray = torch.stack([u, v, torch.ones_like(u)], dim=-1)
     point = ray * z
     normal = torch.nn.functional.normalize(point - _on_axis(point, capsules, frame, capsule), dim=-1)
@@ -257,7 +323,9 @@ def _shade(frame: Tensor, y: Tensor, x: Tensor, keys: Tensor, capsules: Capsules
     halfway = torch.nn.functional.normalize(halfway, dim=-1)
     lit = _AMBIENT + _DIFFUSE * (-normal[:, 2:]).clamp(min=0)
     highlight = _SPECULAR * (normal * halfway).sum(-1, keepdim=True).clamp(min=0) ** _SHININESS
-    colour = _fade(z, view.depth) * (capsules.colours[capsule] * lit + highlight)
+    # all of the light is kept at the clip's nearest joint, less behind it
+    kept = (1 - (z - view.near[frame, None]) / view.fade[frame, None]).clamp(0, 1)
+    colour = kept * (capsules.colours[capsule] * lit + highlight)
     # truncated, as the references do
     return (colour.clamp(0, 1) * 255).to(torch.uint8)
 
@@ -268,10 +336,3 @@ def _on_axis(point: Tensor, capsules: Capsules, frame: Tensor, capsule: Tensor) 
     segment = capsules.ends[frame, capsule] - start
     share = ((point - start) * segment).sum(-1, keepdim=True) / (segment**2).sum(-1, keepdim=True).clamp(min=1e-16)
     return start + share.clamp(0, 1) * segment
-
-
-def _fade(z: Tensor, depth: DepthRange) -> Tensor:
-    """How much of its light a point at z keeps: all at the clip's nearest joint, less behind it."""
-    near = max(depth.nearest, _NEAR_MM)
-    far = min(depth.farthest + _FADE_MARGIN_MM, _FADE_FAR_MM)
-    return (1 - (z - near) / (far - _NEAR_MM)).clamp(0, 1)

@@ -7,6 +7,7 @@ has no pose models starts at once.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +18,22 @@ import numpy.typing as npt
 from bunraku.errors import InvalidRequest, NotThereYet
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import pose_pb2_grpc
-from runtime.bundles import PRESETS, Bundle
+from runtime.bundles import MASK_BACKENDS, POSE_PRESETS, Bundle
 from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT32, UINT8, WireTensor, require
 from runtime.video import Frame, VideoInfo, VideoLimits, read_frames, read_info
 from services.pose.fit import cover, halve, whole_latents
+from services.pose.quirks import Strokes
+from services.pose.skeleton import MIN_DEPTH_MM, without_near
+from services.pose.threads import beside_each_other
 
 if TYPE_CHECKING:
+    from services.pose.clip import Clip, Fit
     from services.pose.extract import Drawing, PoseExtractor
+    from services.pose.persons.masks import PersonMasks
+    from services.pose.progress import Progress
 
 COMPONENTS = frozenset({"person_detector", "whole_body_keypoints", "joints_3d"})
 """Of a bundle, without which people are not found in videos."""
@@ -37,7 +44,6 @@ MIN_FRAMES = 5
 _FRAMES_PER_TENSOR = 16
 _MAX_REFERENCE_SIDE = 16_384
 _MASK_EXPAND = (-10, 50)
-_MASK_BACKENDS = ("", "sam2", "matanyone")
 # beyond any person who could be seen: 1 km, and 100 pictures away; focal lengths are in pixels
 _MAX_JOINT_MM, _MAX_KEYPOINT, _MAX_FOCAL_LENGTH = 1e6, 100.0, 1e6
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -45,7 +51,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class PoseService(pose_pb2_grpc.PoseServiceServicer):
-    """Pose frames of one person; following several people is not there yet."""
+    """Pose frames of one or several people."""
 
     full_name = pb.DESCRIPTOR.services_by_name["PoseService"].full_name
 
@@ -66,7 +72,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         from services.pose.models import load_models
 
         models, loaded = load_models(self._bundle, torch.device(self._runtime.device))
-        self._extractor = PoseExtractor(models)
+        self._extractor = PoseExtractor(models, strokes_of(self._bundle))
         self._runtime.components += loaded
 
     async def FitPoseVideo(
@@ -90,18 +96,21 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         if extractor is None:
             text = f"bundle {self._bundle.name} has no pose models: give a ready pose video"
             raise NotThereYet(text, reason="NO_POSE_MODELS")
-        first, tensors = await self._runtime.receive_call(requests, context, ["video", "reference_image", "mask_video"])
+        names = ["video", "reference_image", "mask_video"]
+        first, tensors = await self._runtime.receive_call(requests, context, names)
         parameters = first.parameters
         _check_extraction(parameters)
-        if "mask_video" in tensors:
-            raise NotThereYet("mask_video is not there yet: people are looked for everywhere")
         video = require(tensors, "video", (None,), (UINT8,)).data.data
-        reference = _reference_image(tensors)
+        mask = require(tensors, "mask_video", (None,), (UINT8,)).data.data if "mask_video" in tensors else None
+        reference = _reference_image(tensors) if "reference_image" in tensors else None
+        backend = self._mask_backend(extractor, parameters)
         limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
         info = _pose_info(await self._runtime.gpu.run(lambda: read_info(video, "video", limits)), parameters.max_frames)
+        if mask is not None:
+            await self._runtime.gpu.run(lambda: _check_mask(mask, info.num_frames))
         yield pb.ExtractPoseResponse(info=info)
-        found = self._runtime.gpu.stream(lambda: _extracted(extractor, video, reference, parameters, info.num_frames))
-        async for item in found:
+        extraction = _Extraction(extractor, video, mask, reference, backend, parameters, self._preset(parameters), info)
+        async for item in self._runtime.gpu.stream(extraction.items):
             if isinstance(item, pb.PoseProgress):
                 yield pb.ExtractPoseResponse(progress=item)
                 continue
@@ -122,51 +131,124 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         frames, people = joints.shape[:2]
         checks.that(frames % 4 == 1 and MIN_FRAMES <= frames <= _MAX_FRAMES, "joints", _frames_text(frames))
         checks.between("joints", people, 1, MAX_PEOPLE)
+        near = without_near(joints).any(axis=(2, 3)) != joints.any(axis=(2, 3))
+        text = f"must be at least {MIN_DEPTH_MM:g} mm in front of the camera, those of frame, person {_first(near)} are not"
+        checks.that(not near.any(), "joints", text)
         checks.done()
         drawn = self._runtime.gpu.stream(lambda: self._drawn(joints, keypoints, camera, parameters))
         async for portion in drawn:
-            for message in self._runtime.send(pb.RenderPoseResponse, [portion], context):
+            for message in self._runtime.send(pb.RenderPoseResponse, portion, context):
                 yield message
 
     def _drawn(
         self, joints: Floats, keypoints: Floats, camera: Floats | None, parameters: pb.RenderPoseParameters
-    ) -> Iterator[WireTensor]:
+    ) -> Iterator[list[WireTensor]]:
         import torch
 
-        from services.pose.extract import HABITS, Drawing, draw
+        from services.pose.extract import Drawing, draw
+        from services.pose.habits import HABITS
 
         height, width = parameters.height, parameters.width
         drawing = Drawing(joints, keypoints, Drawing.plain_camera(height, width) if camera is None else camera)
-        quirks = HABITS[parameters.preset].pose
-        for frames in draw(drawing, height, width, quirks, torch.device(self._runtime.device)):
-            yield WireTensor.from_numpy("pose_frames", frames)
+        quirks = HABITS[self._preset(parameters)].pose
+        device = torch.device(self._runtime.device)
+        for frames in draw(drawing, height, width, quirks, strokes_of(self._bundle), device):
+            yield _frame_tensors(frames, frames if parameters.full_size else None)
+
+    def _preset(self, parameters: pb.ExtractPoseParameters | pb.RenderPoseParameters) -> str:
+        return parameters.preset or self._bundle.pose.preset
+
+    def _mask_backend(self, extractor: PoseExtractor, parameters: pb.ExtractPoseParameters) -> PersonMasks | None:
+        """What makes masks of several people.
+
+        Raises:
+            NotThereYet: it was asked for by name, and the bundle does not have it.
+        """
+        backends, asked = extractor.mask_backends, parameters.mask_backend
+        if asked and asked not in backends:
+            has = ", ".join(backends) or "none"
+            raise NotThereYet(f"mask_backend {asked}: bundle {self._bundle.name} has {has}", reason="NO_MASK_BACKEND")
+        return backends.get(asked or self._bundle.pose.mask_backend)
 
 
-def _extracted(
-    extractor: PoseExtractor,
-    video: memoryview,
-    reference: Frame,
-    parameters: pb.ExtractPoseParameters,
-    num_frames: int,
-) -> Iterator[pb.PoseProgress | list[WireTensor]]:
-    """Progress and tensors of an extraction, as they come."""
-    from services.pose.extract import HABITS, Clip, Drawing, Progress
+def strokes_of(bundle: Bundle) -> Strokes:
+    """How thick a bundle has things drawn."""
+    pose = bundle.pose
+    return Strokes(pose.capsule_radius_mm, pose.head_radius_px, pose.dot_radius_px)
 
-    clip = Clip(lambda: read_frames(video, "video"), num_frames, parameters.height, parameters.width)
-    habits = HABITS[parameters.preset]
-    for item in extractor.extract(clip, reference, habits, people=parameters.people or 1):
-        if isinstance(item, Progress):
-            yield pb.PoseProgress(
-                step=item.step,
-                completed_frames=item.completed_frames,
-                total_frames=item.total_frames,
-                bridged_frames=item.bridged_frames,
-            )
-        elif isinstance(item, Drawing):
-            if parameters.give_joints:
-                yield _tensors_of(item)
-        else:
-            yield [WireTensor.from_numpy("pose_frames", item)]
+
+@dataclass(frozen=True)
+class _Extraction:
+    """One request for poses, checked."""
+
+    extractor: PoseExtractor
+    video: memoryview
+    mask_video: memoryview | None
+    reference: Frame | None
+    backend: PersonMasks | None
+    parameters: pb.ExtractPoseParameters
+    preset: str
+    info: pb.PoseInfo
+
+    def items(self) -> Iterator[pb.PoseProgress | list[WireTensor]]:
+        """Progress and tensors, as they come."""
+        from services.pose.extract import Drawing
+        from services.pose.habits import HABITS
+        from services.pose.progress import Progress
+
+        habits, parameters = HABITS[self.preset], self.parameters
+        clip = self._clip(habits.fit)
+        source = clip.frames() if parameters.over_source else None
+        people = parameters.people or 1
+        for item in self.extractor.extract(clip, self.reference, habits, people=people, backend=self.backend):
+            if isinstance(item, Progress):
+                yield _progress(item)
+            elif isinstance(item, Drawing):
+                if parameters.give_joints:
+                    yield _tensors_of(item)
+            else:
+                full = item if source is None else _over(item, source)
+                yield _frame_tensors(item, full if parameters.full_size else None)
+
+    def _clip(self, fit: Fit) -> Clip:
+        from services.pose.clip import Clip
+
+        mask = self.mask_video
+        return Clip(
+            lambda: read_frames(self.video, "video"),
+            self.info.num_frames,
+            self.parameters.height,
+            self.parameters.width,
+            self.info.frames_per_second,
+            fit,
+            None if mask is None else lambda: read_frames(mask, "mask_video"),
+            self.parameters.mask_expand,
+        )
+
+
+def _progress(progress: Progress) -> pb.PoseProgress:
+    return pb.PoseProgress(
+        step=progress.step,
+        completed_frames=progress.completed_frames,
+        total_frames=progress.total_frames,
+        bridged_frames=progress.bridged_frames,
+        people=[
+            pb.PersonGaps(bridged_frames=gaps.bridged_frames, absent_frames=gaps.absent_frames)
+            for gaps in progress.gaps
+        ],
+    )
+
+
+def _over(frames: Frame, source: Iterator[Frame]) -> Frame:
+    """Pose frames [n, H, W, 3] with the next frames of the video where nothing is drawn."""
+    behind = np.stack(list(islice(source, len(frames))))
+    return np.where(frames.any(axis=-1, keepdims=True), frames, behind)
+
+
+def _frame_tensors(frames: Frame, full: Frame | None) -> list[WireTensor]:
+    """Frames [n, H, W, 3] at half size, and others at full size if there are any."""
+    tensors = [WireTensor.from_numpy("pose_frames", np.stack(beside_each_other(halve, frames)))]
+    return tensors if full is None else [*tensors, WireTensor.from_numpy("pose_frames_full", full)]
 
 
 def _tensors_of(drawing: Drawing) -> list[WireTensor]:
@@ -178,10 +260,8 @@ def _fitted(video: memoryview, parameters: pb.FitPoseVideoParameters, num_frames
     """Pose frames, a few at a time: half size and, if asked for, full size."""
     fitted = _covering(islice(read_frames(video, "video"), num_frames), parameters.height, parameters.width)
     while portion := list(islice(fitted, _FRAMES_PER_TENSOR)):
-        tensors = [WireTensor.from_numpy("pose_frames", np.stack([halve(frame) for frame in portion]))]
-        if parameters.full_size:
-            tensors.append(WireTensor.from_numpy("pose_frames_full", np.stack(portion)))
-        yield tensors
+        frames = np.stack(portion)
+        yield _frame_tensors(frames, frames if parameters.full_size else None)
 
 
 def _covering(frames: Iterable[Frame], height: int, width: int) -> Iterator[Frame]:
@@ -207,7 +287,8 @@ def _check_size_and_length(parameters: pb.FitPoseVideoParameters | pb.ExtractPos
 
 
 def _check_preset(checks: Checks, preset: str) -> None:
-    checks.that(preset in ("", *PRESETS), "preset", f"must be {' or '.join(PRESETS)} or empty, got {preset}")
+    text = f"must be {', '.join(POSE_PRESETS)} or empty, got {preset}"
+    checks.that(preset in ("", *POSE_PRESETS), "preset", text)
 
 
 def _check_extraction(parameters: pb.ExtractPoseParameters) -> None:
@@ -216,8 +297,16 @@ def _check_extraction(parameters: pb.ExtractPoseParameters) -> None:
     _check_preset(checks, parameters.preset)
     checks.between("mask_expand", parameters.mask_expand, *_MASK_EXPAND)
     text = f"must be sam2 or matanyone or empty, got {parameters.mask_backend}"
-    checks.that(parameters.mask_backend in _MASK_BACKENDS, "mask_backend", text)
+    checks.that(parameters.mask_backend in ("", *MASK_BACKENDS), "mask_backend", text)
+    checks.that(parameters.full_size or not parameters.over_source, "over_source", "goes with full_size only")
     checks.done()
+
+
+def _check_mask(mask: memoryview, num_frames: int) -> None:
+    found = read_info(mask, "mask_video", VideoLimits(max_frames=num_frames))
+    if found.num_frames < num_frames:
+        text = f"must have as many frames as are used of video, {num_frames}, got {found.num_frames}"
+        raise InvalidRequest(("mask_video", text))
 
 
 def _reference_image(tensors: dict[str, WireTensor]) -> Frame:
@@ -235,6 +324,11 @@ def _finite(tensors: dict[str, WireTensor], name: str, shape: tuple[int | None, 
     if not bool((np.abs(values) <= most).all()):
         raise InvalidRequest((name, f"must be finite and within -{most:g} to {most:g}"))
     return values
+
+
+def _first(places: npt.NDArray[np.bool_]) -> str:
+    """The first place that is true, in words."""
+    return ", ".join(str(index) for index in np.argwhere(places)[:1].flatten())
 
 
 def _frames_text(frames: int) -> str:

@@ -19,6 +19,7 @@ FIELD_OF_VIEW_DEGREES = 55.0
 NUM_SLOTS = 18
 SLOT_JOINTS = (15, 12, 17, 19, 21, 16, 18, 20, 2, 5, 8, 1, 4, 7)
 """SMPL joint of the OpenPose slots 0 to 13; the slots 14 to 17 (eyes, ears) have none and stay zero."""
+MIN_DEPTH_MM = 100.0
 HEAD_JOINT, LEFT_WRIST_JOINT, RIGHT_WRIST_JOINT = 15, 20, 21
 
 Colour = tuple[int, int, int]
@@ -117,6 +118,13 @@ def slots(joints: Floats) -> Floats:
 def known(points: Floats) -> Mask:
     """Points [..., 3] -> [...]: whether a point was found. The references mark a missing one by coordinates of sum 0."""
     return np.asarray(points.sum(axis=-1) != 0)
+
+
+def without_near(joints: Floats) -> Floats:
+    """Joints [..., 24, 3] with those of a person zeroed of whom a known one is nearer than MIN_DEPTH_MM: no person is
+    there, whatever an estimator says, and such limbs cover the whole picture."""
+    near = np.asarray((known(joints) & (joints[..., 2] < MIN_DEPTH_MM)).any(axis=-1))
+    return np.where(near[..., None, None], joints.dtype.type(0), joints)
 
 
 def limbs_of(joints: Floats) -> Limbs:

@@ -46,6 +46,13 @@ BACKBONES: Mapping[str, tuple[Stage, ...]] = {
         Stage(False, 6, 2, 384, 25),
         Stage(False, 6, 1, 640, 7),
     ),
+    # of the tiny bundle; features are [n, 1280, H/16, W/16]
+    "efficientnetv2-tiny": (
+        Stage(True, 1, 1, 24, 1),
+        Stage(True, 4, 2, 48, 2),
+        Stage(True, 4, 2, 64, 2),
+        Stage(False, 4, 2, 128, 3),
+    ),
 }
 
 

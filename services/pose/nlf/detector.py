@@ -84,6 +84,21 @@ class PersonDetector:
         return found
 
 
+class HostCopy:
+    """Pictures of a GPU in pinned memory, from which and to which copies are many times as fast; overwritten by the next."""
+
+    def __init__(self) -> None:
+        self._pinned: Tensor | None = None
+
+    def of(self, pictures: Tensor) -> Tensor:
+        """The pictures in the memory of the host."""
+        if pictures.device.type == "cpu":
+            return pictures
+        if self._pinned is None or self._pinned.shape != pictures.shape:
+            self._pinned = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
+        return self._pinned.copy_(pictures)
+
+
 def letterboxed(pictures: Tensor, side: int) -> Tensor:
     """Linear light [n, 3, H, W] -> display tone, scaled to fit, in the middle of a grey [n, 3, side, side]."""
     height, width = pictures.shape[-2:]

@@ -152,7 +152,7 @@ class PersonTracker:
         costs = np.full((len(free), len(strangers)), np.inf)
         for index, place in enumerate(free):
             if (box := mask_boxes[place]) is not None:
-                costs[index] = [1 - _iou(box, seen.boxes[row]) for row in strangers]
+                costs[index] = [1 - iou(box, seen.boxes[row]) for row in strangers]
         columns = assign(costs, self.config.max_cost)
         return [(place, strangers[column]) for place, column in zip(free, columns, strict=True) if column >= 0]
 
@@ -164,13 +164,13 @@ class PersonTracker:
         forgotten = person.unseen_frames / config.position_memory_frames
         near = _distance(expected, box) <= config.reach + config.reach_growth * person.unseen_frames
         returned = forgotten >= 1 and difference <= config.max_return_difference
-        masked = mask is not None and _iou(mask, box) > 0
+        masked = mask is not None and iou(mask, box) > 0
         if not (near or returned or masked):
             return float("inf")
-        costs = [1 - _iou(expected, box), difference]
+        costs = [1 - iou(expected, box), difference]
         weights = [max(0.5**forgotten, 1e-9), config.appearance_weight * (1 - seen.overlapped[row])]
         if mask is not None:
-            costs.append(1 - _iou(mask, box))
+            costs.append(1 - iou(mask, box))
             weights.append(config.mask_weight)
         return float(np.average(costs, weights=weights))
 
@@ -272,7 +272,8 @@ def _shifted(box: Floats, by: Floats) -> Floats:
     return box + np.tile(by, 2)
 
 
-def _iou(a: Floats, b: Floats) -> float:
+def iou(a: Floats, b: Floats) -> float:
+    """Shared area of two boxes, as a share of what they cover together."""
     shared = _shared(a, b)
     return shared / (_area(a) + _area(b) - shared)
 

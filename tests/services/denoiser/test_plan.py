@@ -12,7 +12,9 @@ from services.denoiser.plan import GIB, DoesNotFit, Weights, animation_tokens, p
 SCAIL = PRESETS["scail-14b"]
 MIB = 1024**2
 # SCAIL 14B in int8: 299 MB a block, 105 MB of the context, the timestep's projection 629 MB
-WEIGHTS = Weights(block=285 * MIB, context=100 * MIB, rest=12 * MIB, on_demand=600 * MIB, num_blocks=40)
+WEIGHTS = Weights(
+    block=285 * MIB, context=100 * MIB, context_linear=25 * MIB, rest=12 * MIB, on_demand=600 * MIB, num_blocks=40
+)
 LONGEST = animation_tokens(512, 896, 81)
 
 

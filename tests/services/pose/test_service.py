@@ -20,7 +20,7 @@ from torch import Tensor
 from bunraku.errors import NotThereYet
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import stage_pb2
-from runtime.bundles import Bundle, BundleComponent, BundleError, Pose
+from runtime.bundles import Bundle, BundleComponent, BundleError, Pose, load_bundle
 from runtime.client import Budget
 from runtime.gpu import WorkCancelled, raise_if_cancelled
 from runtime.tensors import FLOAT16, UINT8, WireTensor
@@ -28,7 +28,7 @@ from runtime.video import Frame, Source, VideoLimits
 from services.pose.fit import cover, halve
 from services.pose.nlf.config import QUIRKS
 from services.pose.nlf.head import PointWeights
-from services.pose.service import PoseService
+from services.pose.service import PoseService, strokes_of
 from tests.services.pose.drawn import (
     ANN,
     ANN_BOX,
@@ -45,7 +45,7 @@ from tests.services.pose.figures import standing
 from tests.services.pose.nlf.tiny import KnownAnswers
 from tests.services.pose.nlf.tiny import estimator as nlf_estimator
 from tests.services.pose.videos import changing_size, lossless_mp4, noise, sound_only
-from tests.services.serving import Answers, Served, serving, until
+from tests.services.serving import BUNDLE_TOML, Answers, Served, serving, until
 from training.tiny_onnx import write_networks
 
 LIMITS = VideoLimits()
@@ -571,3 +571,29 @@ async def test_joints_at_or_behind_the_camera_are_refused(bundle: Bundle) -> Non
                 assert await pose.refused("RenderPose", drawing(64, 64), tensors) == violations
             else:
                 assert (await pose.ask("RenderPose", drawing(64, 64), tensors)).named("pose_frames")
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ("capsule_radius_mm = 0", "capsule_radius_mm must be above 0"),
+        ("head_radius_px = 65", "head_radius_px must be 0 to 64"),
+        ("dot_radius_px = 3", "dot_radius_px must be 0 to 2"),
+        ('preset = "best"', "pose.preset must be one of recommended, wan2gp, official"),
+        ('mask_backend = "sam"', "pose.mask_backend must be one of sam2, matanyone"),
+        ("radius = 3", "radius"),
+    ],
+)
+def test_a_wrong_pose_section_of_a_bundle_is_named(tmp_path: Path, entry: str, text: str) -> None:
+    (tmp_path / "bundle.toml").write_text(f"{BUNDLE_TOML}[pose]\n{entry}\n", encoding="utf-8")
+    with pytest.raises(BundleError, match=text):
+        load_bundle(tmp_path)
+
+
+def test_the_pose_section_of_a_bundle_is_read(tmp_path: Path) -> None:
+    (tmp_path / "bundle.toml").write_text(BUNDLE_TOML, encoding="utf-8")
+    assert load_bundle(tmp_path).pose == Pose("recommended", "sam2", 21.5, 4, None)
+    section = "[pose]\ncapsule_radius_mm = 80\nhead_radius_px = 2\ndot_radius_px = 0\n"
+    (tmp_path / "bundle.toml").write_text(BUNDLE_TOML + section, encoding="utf-8")
+    strokes = strokes_of(load_bundle(tmp_path))
+    assert (strokes.capsule_radius_mm, strokes.head_radius_px, strokes.dot_radius_px) == (80, 2, 0)
