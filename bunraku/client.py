@@ -58,6 +58,7 @@ from bunraku.errors import (
     from_rpc_error,
     from_status,
 )
+from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import gateway_pb2 as pb
 from bunraku.v1 import gateway_pb2_grpc
 
@@ -72,6 +73,7 @@ Response_co = TypeVar("Response_co", bound=Message, covariant=True)
 FilePath: TypeAlias = str | os.PathLike[str]
 Source: TypeAlias = FilePath | pb.Asset
 TransferProgress: TypeAlias = Callable[[int, int], None]
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 DEFAULT_ADDRESS = "localhost:50050"
 ENDED = (pb.GENERATION_STATE_SUCCEEDED, pb.GENERATION_STATE_FAILED, pb.GENERATION_STATE_CANCELLED)
@@ -87,6 +89,8 @@ _CHANNEL_OPTIONS = (
     # a peer that vanished without a word is noticed while a watch waits for its next event
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # without this one the line above does nothing: 60 s (docs/decisions/0007-stage-outputs.md)
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # the client retries; retries of the library would multiply with those
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
@@ -113,7 +117,7 @@ class AnimateArguments(TypedDict, total=False):
     """What `animate` takes: fields of CreateGenerationRequest and of its messages, under the fields' own names.
 
     gateway.proto says what each means; what is left out or None takes the model's default. Files are given as a path,
-    or as the asset of an upload.
+    as the asset of an upload, or as a URL that the gateway fetches.
     """
 
     reference_image: Required[Source]
@@ -151,7 +155,9 @@ FILE_FIELDS = ("reference_image", "pose_video", "driving_video", "mask_video")
 class _Unary(Protocol[Request_contra, Response_co]):
     """A method of the generated stub that takes one message and gives one."""
 
-    def __call__(self, request: Request_contra, /, *, timeout: float | None) -> Awaitable[Response_co]: ...
+    def __call__(
+        self, request: Request_contra, /, *, timeout: float | None, metadata: Metadata
+    ) -> Awaitable[Response_co]: ...
 
 
 class _Cancellable(Protocol):
@@ -165,6 +171,10 @@ class AsyncClient:
 
     Args:
         address: `host:port` of the gateway.
+        api_key: shown with every call, where the gateway asks for one; whoever can read the connection can read it,
+            so it goes with TLS.
+        tls: files of this side; the CA that the gateway's certificate comes from, and a certificate of this side where
+            the gateway asks for one. None: the connection is not encrypted.
         retry: when the gateway cannot be reached.
         call_timeout_s: of one attempt of a plain call.
         stream_timeout_s: of one stream; what takes longer goes on in another one.
@@ -177,10 +187,18 @@ class AsyncClient:
         retry: Retry = Retry(),
         call_timeout_s: float = 30.0,
         stream_timeout_s: float = 600.0,
+        api_key: str = "",
+        tls: TlsFiles = NO_TLS,
     ) -> None:
         self.address = address
         self._retry, self._call_timeout_s, self._stream_timeout_s = retry, call_timeout_s, stream_timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=_channel_options(address))
+        self._metadata: Metadata = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+        self._credentials, options = tls.channel_credentials() if tls else None, _channel_options(address)
+        self._channel = (
+            grpc.aio.secure_channel(address, self._credentials, options=options)
+            if self._credentials is not None
+            else grpc.aio.insecure_channel(address, options=options)
+        )
         self._threads_channel: grpc.Channel | None = None
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
 
@@ -268,12 +286,17 @@ class AsyncClient:
         return request
 
     async def create(self, request: pb.CreateGenerationRequest) -> pb.Generation:
-        """Queues a generation. One without a request_id is given one, so that trying again does not make two."""
+        """Queues a generation. One without a request_id is given one, so that trying again does not make two.
+
+        One that names files by URL takes as long as the gateway needs to fetch them.
+        """
         if not request.request_id:
             named = pb.CreateGenerationRequest(request_id=uuid.uuid4().hex)
             named.MergeFrom(request)
             request = named
-        return (await self._call(self._stub.CreateGeneration, request)).generation
+        fetches = any(_is_url(getattr(request.animate, field)) for field in FILE_FIELDS)
+        timeout_s = self._stream_timeout_s if fetches else self._call_timeout_s
+        return (await self._call(self._stub.CreateGeneration, request, timeout_s)).generation
 
     async def animate(
         self, *, on_upload: Callable[[str, int, int], None] | None = None, **arguments: Unpack[AnimateArguments]
@@ -383,21 +406,27 @@ class AsyncClient:
         """State of the gateway and of every stage."""
         return await self._call(self._stub.GetSystemStatus, pb.GetSystemStatusRequest())
 
-    async def _call(self, method: _Unary[Request, Response], request: Request) -> Response:
+    async def _call(
+        self, method: _Unary[Request, Response], request: Request, timeout_s: float | None = None
+    ) -> Response:
         """A call that is safe to repeat."""
         async for trial in self._retrying(NotReady):
             with trial:
-                return await self._once(method, request)
+                return await self._once(method, request, timeout_s)
         raise AssertionError("tenacity ends with a result or an error")
 
-    async def _once(self, method: _Unary[Request, Response], request: Request) -> Response:
+    async def _once(
+        self, method: _Unary[Request, Response], request: Request, timeout_s: float | None = None
+    ) -> Response:
         with self._translated():
-            return await method(request, timeout=self._call_timeout_s)
+            return await method(request, timeout=timeout_s or self._call_timeout_s, metadata=self._metadata)
 
     async def _stored(self, field: str, source: Source, on_upload: Callable[[str, int, int], None] | None) -> str:
         """Name of the asset of a file; what is wrong with the file is said of the field that it is for."""
         if isinstance(source, pb.Asset):
             return source.name
+        if isinstance(source, str) and _is_url(source):
+            return source
         try:
             asset = await self.upload(
                 source, on_progress=(lambda done, total: on_upload(field, done, total)) if on_upload else None
@@ -422,7 +451,12 @@ class AsyncClient:
         """
         loop = asyncio.get_running_loop()
         if self._threads_channel is None:
-            self._threads_channel = grpc.insecure_channel(self.address, options=_channel_options(self.address))
+            options = _channel_options(self.address)
+            self._threads_channel = (
+                grpc.secure_channel(self.address, self._credentials, options=options)
+                if self._credentials is not None
+                else grpc.insecure_channel(self.address, options=options)
+            )
         stub = gateway_pb2_grpc.GatewayServiceStub(self._threads_channel)
         with _opened(path) as file, self._translated():
             file.seek(metadata.offset_bytes)
@@ -437,7 +471,9 @@ class AsyncClient:
                         sent_bytes += len(data)
                         loop.call_soon_threadsafe(report, sent_bytes, metadata.size_bytes)
 
-            with _abandoned(stub.UploadAsset.future(messages(), timeout=self._stream_timeout_s)) as call:
+            with _abandoned(
+                stub.UploadAsset.future(messages(), timeout=self._stream_timeout_s, metadata=self._metadata)
+            ) as call:
                 return (await asyncio.to_thread(call.result)).asset
 
     async def _receive(self, name: str, file: BinaryIO, report: TransferProgress) -> str:
@@ -445,7 +481,7 @@ class AsyncClient:
         asset, received_bytes = pb.Asset(), 0
         async for trial in self._retrying(NotReady, Cancelled, DeadlineExceeded):
             request = pb.DownloadAssetRequest(name=name, offset_bytes=received_bytes)
-            opened = self._stub.DownloadAsset(request, timeout=self._stream_timeout_s)
+            opened = self._stub.DownloadAsset(request, timeout=self._stream_timeout_s, metadata=self._metadata)
             with trial, self._translated(), _abandoned(opened) as call:
                 async for message in call:
                     if message.HasField("asset"):
@@ -459,10 +495,8 @@ class AsyncClient:
     async def _events(self, name: str, after_sequence: int) -> AsyncGenerator[pb.WatchGenerationResponse, None]:
         """One attempt to watch; ends when the generation has ended, and raises where the stream does so earlier."""
         request = pb.WatchGenerationRequest(name=name, after_sequence=after_sequence)
-        with (
-            self._translated(),
-            _abandoned(self._stub.WatchGeneration(request, timeout=self._stream_timeout_s)) as call,
-        ):
+        watching = self._stub.WatchGeneration(request, timeout=self._stream_timeout_s, metadata=self._metadata)
+        with self._translated(), _abandoned(watching) as call:
             async for event in call:
                 yield event
                 if event.generation.state in ENDED:
@@ -534,6 +568,10 @@ def _set(request: pb.CreateGenerationRequest, name: str, value: object) -> None:
             raise InvalidRequest((prefix + name, f"{error}, got {value!r}")) from error
         return
     raise TypeError(f"there is no argument {name!r}")
+
+
+def _is_url(source: str) -> bool:
+    return source.lower().startswith(("https://", "http://"))
 
 
 def _size_mode(name: str) -> pb.SizeMode.ValueType:
@@ -654,13 +692,22 @@ class Client:
         retry: Retry = Retry(),
         call_timeout_s: float = 30.0,
         stream_timeout_s: float = 600.0,
+        api_key: str = "",
+        tls: TlsFiles = NO_TLS,
     ) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="bunraku-client", daemon=True)
         self._thread.start()
 
         async def make() -> AsyncClient:
-            return AsyncClient(address, retry=retry, call_timeout_s=call_timeout_s, stream_timeout_s=stream_timeout_s)
+            return AsyncClient(
+                address,
+                retry=retry,
+                call_timeout_s=call_timeout_s,
+                stream_timeout_s=stream_timeout_s,
+                api_key=api_key,
+                tls=tls,
+            )
 
         self._client = self._run(make())
         self.address = address

@@ -35,6 +35,8 @@ from typing import IO, Any, NoReturn, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bunraku.tls import NO_TLS, TlsFiles
+
 STAGES = ("encoder", "pose", "denoiser", "vae")
 GATEWAY = "gateway"
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -78,6 +80,7 @@ class Program:
         address: `host:port` that it will listen on.
         service: name of its service in grpc.health.v1.
         environment: what it gets beside the environment of the supervisor.
+        tls: what it is asked with how it is.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Program:
     address: str
     service: str
     environment: Mapping[str, str]
+    tls: TlsFiles = NO_TLS
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class SystemSettings:
         devices: device of a stage, by its name; a stage that is not named chooses itself.
         grace_s: seconds that a program has to finish what it works on when it is stopped.
         otlp_endpoint: of an OpenTelemetry collector; empty: what the environment says.
+        certificates: directory as `make certs` writes it; the programs then talk over mutual TLS, and clients need a
+            certificate too. None: none of that.
     """
 
     bundle: Path
@@ -108,6 +114,7 @@ class SystemSettings:
     devices: Mapping[str, str] = field(default_factory=dict)
     grace_s: float = 10.0
     otlp_endpoint: str = ""
+    certificates: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -195,18 +202,47 @@ def system_programs(settings: SystemSettings) -> list[Program]:
             COMMANDS[stage],
             address,
             f"bunraku.v1.{stage.capitalize()}Service",
-            {**shared, "BUNRAKU_ADDRESS": address, "BUNRAKU_DEVICE": settings.devices.get(stage, "auto")},
+            {
+                **shared,
+                **_tls_environment(settings.certificates, stage),
+                "BUNRAKU_ADDRESS": address,
+                "BUNRAKU_DEVICE": settings.devices.get(stage, "auto"),
+            },
+            _tls_files(settings.certificates, GATEWAY),
         )
         for stage, address in addresses.items()
     ]
     gateway_address = f"{_HOST}:{gateway_port}"
     gateway = {
         **shared,
+        **_tls_environment(settings.certificates, GATEWAY),
         **{f"BUNRAKU_{stage.upper()}": address for stage, address in addresses.items()},
         "BUNRAKU_ADDRESS": gateway_address,
         "BUNRAKU_DATA": str(settings.data.resolve()),
     }
-    return [*stages, Program(GATEWAY, COMMANDS[GATEWAY], gateway_address, "bunraku.v1.GatewayService", gateway)]
+    tls = _tls_files(settings.certificates, "client")
+    return [*stages, Program(GATEWAY, COMMANDS[GATEWAY], gateway_address, "bunraku.v1.GatewayService", gateway, tls)]
+
+
+def _tls_files(certificates: Path | None, name: str) -> TlsFiles:
+    """Of a part of the system, or of a client, in a directory as scripts/certificates.py writes it."""
+    if certificates is None:
+        return NO_TLS
+    return TlsFiles(certificates / "ca.crt", certificates / f"{name}.crt", certificates / f"{name}.key")
+
+
+def _tls_environment(certificates: Path | None, name: str) -> dict[str, str]:
+    if certificates is None:
+        return {}
+    files = _tls_files(certificates.resolve(), name)
+    variables = {
+        "BUNRAKU_TLS_CA": str(files.ca),
+        "BUNRAKU_TLS_CERTIFICATE": str(files.certificate),
+        "BUNRAKU_TLS_KEY": str(files.key),
+    }
+    if name == GATEWAY:
+        variables["BUNRAKU_CLIENTS_CA"] = str(certificates.resolve() / "clients-ca.crt")
+    return variables
 
 
 class Supervisor:
@@ -369,7 +405,7 @@ class Supervisor:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 500),
         )
-        async with grpc.aio.insecure_channel(child.program.address, options=options) as channel:
+        async with _channel(child.program, options) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service=child.program.service)
             while child.state is not ProcessState.READY:
@@ -410,6 +446,12 @@ class Supervisor:
                 if stopping:
                     return
                 await asyncio.sleep(_POLL_S)
+
+
+def _channel(program: Program, options: tuple[tuple[str, int], ...]) -> grpc.aio.Channel:
+    if not program.tls:
+        return grpc.aio.insecure_channel(program.address, options=options)
+    return grpc.aio.secure_channel(program.address, program.tls.channel_credentials(), options=options)
 
 
 async def _probed(health: Any, request: health_pb2.HealthCheckRequest) -> ProcessState | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -14,6 +15,7 @@ from bunraku.cli.display import Display, Row, seconds, size
 from bunraku.cli.options import OPTION_OF_FIELD
 from bunraku.client import DEFAULT_ADDRESS, ENDED, AnimateArguments, AsyncClient, succeeded
 from bunraku.errors import BunrakuError, Cancelled
+from bunraku.tls import TlsFiles
 from bunraku.v1 import gateway_pb2 as pb
 
 _CANCEL_TIMEOUT_S = 10.0
@@ -28,10 +30,19 @@ _STATES = {
 
 @asynccontextmanager
 async def connected(address: str | None) -> AsyncIterator[AsyncClient]:
-    """A client whose gateway answers. Raises NotReady at once where none does."""
-    async with AsyncClient(address or DEFAULT_ADDRESS) as client:
+    """A client whose gateway answers. Raises NotReady at once where none does.
+
+    The key and the certificates come from the environment, as keys on a command line can be read by everybody.
+    """
+    key = os.environ.get("BUNRAKU_API_KEY", "")
+    async with AsyncClient(address or DEFAULT_ADDRESS, api_key=key, tls=_tls_files()) as client:
         await client.connect()
         yield client
+
+
+def _tls_files() -> TlsFiles:
+    named = (os.environ.get(f"BUNRAKU_TLS_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
+    return TlsFiles(*(Path(name) if name else None for name in named))
 
 
 def state_name(state: pb.GenerationState.ValueType) -> str:
@@ -44,7 +55,7 @@ class GenerationDisplay(Display):
 
     def __init__(self, console: Console, *, interval_s: float = 5.0) -> None:
         super().__init__(console, interval_s=interval_s)
-        self._state = ""
+        self._state = self._place = ""
         self._fraction = 0.0
         self._ends_at: float | None = None
         self._uploads: dict[str, float] = {}
@@ -68,6 +79,8 @@ class GenerationDisplay(Display):
         match event.WhichOneof("event"):
             case "generation":
                 self.estimated(event.generation)
+            case "queue":
+                self._queued(event.queue)
             case "progress":
                 self._advanced(event.progress)
             case "partial":
@@ -85,7 +98,7 @@ class GenerationDisplay(Display):
         self._fraction, self._ends_at = generation.progress.fraction, None
         if generation.progress.HasField("remaining") and generation.state not in ENDED:
             self._ends_at = time.monotonic() + generation.progress.remaining.ToTimedelta().total_seconds()
-        state = state_name(generation.state)
+        state, self._place = state_name(generation.state), ""
         if state != self._state:
             self._state = state
             if generation.state not in ENDED:
@@ -95,7 +108,12 @@ class GenerationDisplay(Display):
         if not self._state:
             return ""
         left = f", {seconds(max(0.0, self._ends_at - time.monotonic()))} left" if self._ends_at is not None else ""
-        return f"{self._state}, {self._fraction:.0%}{left}"
+        return f"{self._state}, {self._place or f'{self._fraction:.0%}'}{left}"
+
+    def _queued(self, queue: pb.QueuePlace) -> None:
+        self._place = f"number {queue.position} in the queue"
+        if queue.HasField("remaining"):
+            self._ends_at = time.monotonic() + queue.remaining.ToTimedelta().total_seconds()
 
     def _advanced(self, progress: pb.StageProgress) -> None:
         window = f" (window {progress.window + 1} of {progress.windows})" if progress.windows > 1 else ""

@@ -29,6 +29,15 @@ def serve(
     ] = None,
     devices: options.Devices = "",
     grace: options.Grace = 10.0,
+    certificates: Annotated[
+        Path | None,
+        typer.Option(
+            "--certificates",
+            exists=True,
+            file_okay=False,
+            help="Directory as `make certs` writes it: mutual TLS between the parts and for clients.",
+        ),
+    ] = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Starts the four stages and the gateway on this machine and keeps them running until Ctrl-C."""
@@ -38,7 +47,13 @@ def serve(
     from bunraku.supervisor import SystemSettings
 
     settings = SystemSettings(
-        bundle_directory(bundle), data_directory(data), models, port, parse_devices(devices), grace
+        bundle_directory(bundle),
+        data_directory(data),
+        models,
+        port,
+        parse_devices(devices),
+        grace,
+        certificates=certificates,
     )
     asyncio.run(_serve(settings, verbose=verbose))
 
