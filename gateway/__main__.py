@@ -14,33 +14,41 @@ from pathlib import Path
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from bunraku.errors import BunrakuError, NotReady
 from bunraku.v1 import gateway_pb2_grpc
 from gateway.assets import AssetStore
+from gateway.blobs import BlobStore, open_blobs
+from gateway.callers.authentication import Authentication
+from gateway.callers.keys import KeyStore
+from gateway.callers.settings import AccessSettings
+from gateway.cleaning import Ages, keep_clean
+from gateway.jobs.store import JobStore
+from gateway.levels import publish_levels
+from gateway.outputs import OutputStore
 from gateway.requests import ModelSpec
 from gateway.service import GatewayService
 from gateway.stages import connect
-from gateway.store import JobStore
 from gateway.worker import Worker, WorkerSettings
 from runtime import telemetry
 from runtime.bundles import BundleError, load_bundle
 from runtime.client import Retry
-from runtime.server import build_server, stop_signal
+from runtime.logs import Form, configure_logging
+from runtime.server import build_server, health_server, listen, stop_signal
 from runtime.shared_memory import DIRECTORY, SharedMemory
 
 _log = logging.getLogger("gateway")
-_STALE_UPLOAD_S = 24 * 3600.0
-_CLEANING_INTERVAL_S = 3600.0
+_OPEN_AGAIN_S = 1.0
 
 
-class GatewaySettings(BaseSettings):
+class GatewaySettings(AccessSettings):
     """What the gateway reads."""
-
-    model_config = SettingsConfigDict(env_prefix="BUNRAKU_", frozen=True)
 
     address: str = Field("0.0.0.0:50050", description="host:port to listen on")
     data: Path = Field(description="directory of the database and of files")
+    database: str = Field("", description="postgresql://user:password@host:port/name; empty: SQLite in `data`")
+    storage: str = Field("", description="s3://bucket/prefix of files and stage outputs; empty: directories in `data`")
+    output_cache_bytes: int = Field(4 << 30, ge=0, description="that kept outputs of stages may take")
     bundle: Path = Field(description="directory of the bundle that the stages serve")
     encoder: str = Field(description="addresses of the encoder stage, host:port, separated by commas")
     pose: str = Field(description="of the pose stage")
@@ -49,14 +57,26 @@ class GatewaySettings(BaseSettings):
     max_running: int = Field(3, ge=1, le=1000, description="generations that are worked on at the same time")
     max_queued: int = Field(1000, ge=0, description="generations that may wait")
     max_seconds: float = Field(6 * 3600.0, gt=0, description="that a generation may take from its creation")
-    max_upload_bytes: int = Field(2 << 30, ge=1, description="the largest file that may be sent")
+    keep_events_days: float = Field(7.0, ge=0, description="events of a generation, from its end; 0: for ever")
+    keep_generations_days: float = Field(30.0, ge=0, description="generations and videos, from their end; 0: for ever")
+    keep_assets_days: float = Field(7.0, ge=0, description="files that no generation names; 0: for ever")
     stage_patience_s: float = Field(120.0, ge=0, description="how long a stage that is not ready is tried again")
     checkpoint_every_steps: int = Field(5, ge=0, description="steps that a dead denoiser costs at most; 0: all")
     shared_memory: bool = Field(True, description="hand tensors over through shared memory where both sides can")
     shared_memory_directory: Path = Field(DIRECTORY, description="in memory, the same for all that are to share")
     grace_s: float = Field(10.0, ge=0, le=3600, description="seconds for calls under way after SIGTERM")
     otlp_endpoint: str = Field("", description="of an OpenTelemetry collector; empty: no traces")
+    metrics_address: str = Field("", description="host:port of Prometheus' metrics over HTTP; empty: none")
     log_level: str = Field("INFO", description="of Python's logging")
+    log_format: Form = Field("text", description="text for people, json with trace ids for whoever collects logs")
+
+    def blobs(self, kind: str) -> BlobStore:
+        """Where `outputs` or `assets` are kept."""
+        return open_blobs(f"{self.storage.rstrip('/')}/{kind}" if self.storage else self.data / kind)
+
+    def ages(self) -> Ages:
+        days = 24 * 3600.0
+        return Ages(self.keep_events_days * days, self.keep_generations_days * days, self.keep_assets_days * days)
 
     def stage_addresses(self) -> dict[str, list[str]]:
         stages = {"encoder": self.encoder, "pose": self.pose, "denoiser": self.denoiser, "vae": self.vae}
@@ -71,39 +91,62 @@ async def serve(settings: GatewaySettings) -> None:
     models = [ModelSpec.from_bundle(bundle)]
     settings.data.mkdir(parents=True, exist_ok=True)
     shared_memory = SharedMemory.create(settings.shared_memory_directory) if settings.shared_memory else None
-    store = JobStore(settings.data / "gateway.sqlite", max_queued=settings.max_queued)
-    assets = AssetStore(settings.data / "assets", max_size_bytes=settings.max_upload_bytes)
-    stages = connect(settings.stage_addresses(), shared_memory)
-    await store.open()
-    for job in await store.requeue_running():
-        _log.info("%s was being worked on when the gateway stopped", job.name)
-    worker = Worker(store, assets, stages, {bundle.name: bundle}, _worker_settings(settings))
-    server = build_server()
-    service = GatewayService(store, assets, stages, models, int(settings.max_seconds))
+    store = JobStore(
+        settings.database or settings.data / "gateway.sqlite",
+        max_queued=settings.max_queued,
+        parallel=len(settings.stage_addresses()["denoiser"]),
+    )
+    files = settings.blobs("assets") if settings.storage else None
+    assets = AssetStore(settings.data / "assets", files, max_size_bytes=settings.max_upload_bytes)
+    stages = connect(settings.stage_addresses(), shared_memory, settings.stages_tls())
+    if not await _opened(store, stop):
+        return
+    if not settings.database:  # nobody else works on what is in the file
+        for job in await store.claims.take_back():
+            _log.info("%s was being worked on when the gateway stopped", job.name)
+    outputs = OutputStore(settings.blobs("outputs"), capacity_bytes=settings.output_cache_bytes)
+    worker = Worker(store, assets, stages, {bundle.name: bundle}, _worker_settings(settings), outputs)
+    server = build_server(Authentication(KeyStore(store.database), required=settings.require_keys))
+    service = GatewayService(
+        store, assets, stages, models, int(settings.max_seconds), settings.fetcher(), settings.input_limits()
+    )
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    reflection.enable_server_reflection([GatewayService.full_name, reflection.SERVICE_NAME], server)
-    port = server.add_insecure_port(settings.address)
-    await server.start()
+    if settings.reflection:
+        reflection.enable_server_reflection([GatewayService.full_name, reflection.SERVICE_NAME], server)
+    port = listen(server, settings.address, settings.clients_tls())
+    servers = [server, *([health_server(healthy, settings.health_address)] if settings.health_address else [])]
+    await asyncio.gather(*(each.start() for each in servers))
     for name in ("", GatewayService.full_name):
         await healthy.set(name, health_pb2.HealthCheckResponse.ServingStatus.SERVING)
     _log.info("listening on port %d, data in %s", port, settings.data)
-    tasks = [asyncio.create_task(worker.run()), asyncio.create_task(_clean(assets))]
+    tasks = [
+        asyncio.create_task(work)
+        for work in (
+            worker.run(),
+            keep_clean(store, assets, settings.ages()),
+            outputs.keep_tidy(),
+            publish_levels(store),
+            telemetry.watch_event_loop(),
+        )
+    ]
     stopping = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
+        with telemetry.metrics_endpoint(settings.metrics_address):
+            await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
     finally:
         stopping.cancel()
         await healthy.enter_graceful_shutdown()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await server.stop(settings.grace_s)
+        await asyncio.gather(*(each.stop(settings.grace_s) for each in servers))
         await stages.close()
+        await outputs.close()
         await store.close()
         if shared_memory is not None:
             shared_memory.close()
@@ -117,22 +160,29 @@ def _worker_settings(settings: GatewaySettings) -> WorkerSettings:
         max_seconds=settings.max_seconds,
         retry=Retry(patience_s=settings.stage_patience_s),
         checkpoint_every_steps=settings.checkpoint_every_steps,
+        image_limits=settings.input_limits().images,
     )
 
 
-async def _clean(assets: AssetStore) -> None:
-    while True:
-        with suppress(OSError):
-            await assets.remove_stale_uploads(_STALE_UPLOAD_S)
-        await asyncio.sleep(_CLEANING_INTERVAL_S)
+async def _opened(store: JobStore, stop: asyncio.Event) -> bool:
+    """Opens the database, however long it is away; whether it was opened before the gateway is to stop."""
+    while not stop.is_set():
+        try:
+            await store.open()
+            return True
+        except NotReady as error:
+            _log.warning("%s", error.message)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _OPEN_AGAIN_S)
+    return False
 
 
 def main() -> None:
     settings = GatewaySettings()  # type: ignore[call-arg]  # its fields come from the environment
-    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s gateway: %(message)s")
+    configure_logging("gateway", settings.log_level, settings.log_format)
     try:
         asyncio.run(serve(settings))
-    except (BundleError, OSError) as error:
+    except (BundleError, BunrakuError, OSError) as error:
         _log.error("%s", error)
         sys.exit(2)
 

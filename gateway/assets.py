@@ -1,41 +1,48 @@
-"""Files that callers send and that generations make, in a directory, each under the SHA-256 of its content.
+"""Files that callers send and that generations make, each under the SHA-256 of its content.
 
-    objects/ab/ab12...        the content
-    objects/ab/ab12....json   what is known of it: a pb.Asset
-    uploads/{upload_id}.part  what has arrived of an upload that can be gone on with
+Finished files are blobs (gateway.blobs), in a directory or in an object storage:
+
+    ab/ab12...        the content
+    ab/ab12....json   what is known of it: a pb.Asset
+
+What is on its way is in directories of this gateway:
+
+    uploads/{upload_id}.part  what has arrived of an upload that can be gone on with; with its caller's name before it
     uploads/{uuid}.tmp        a file on its way into the store
+    fetched/{id}              a copy of a file in an object storage, for as long as somebody may read it
 
-A file is in the store once its content has its final name; that name is given last, by a rename, after everything is
-on the disk. Work on files runs in threads, and goes on to its end when the caller is cancelled.
+A file is in the store once its content has its final name; that name is given last, after everything is on the disk.
+Work on files runs in threads, and goes on to its end when the caller is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import re
 import shutil
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
 from google.protobuf import json_format
 
-from bunraku.errors import InvalidRequest, NotFound, NotReady, WrongState
+from bunraku.errors import InvalidRequest, NotFound, WrongState
 from bunraku.v1 import gateway_pb2 as pb
+from gateway.blobs import BlobStore, DirectoryBlobs, disk_full, full_disk_is_not_ready
+from gateway.callers.identity import current_caller
 from runtime.media_type import HEAD_BYTES, media_type
 
 ASSET_NAME = re.compile(r"assets/([0-9a-f]{64})")
 MAX_DATA_BYTES = 1 << 20  # of one message
 MAX_FILENAME_CHARACTERS = 255
 
+_KNOWN = ".json"
 _UPLOAD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SHA256 = re.compile(r"[0-9A-Fa-f]{64}")
 _NOT_IN_FILENAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
@@ -56,21 +63,30 @@ def asset_id(name: str, field: str = "name") -> str:
 
 
 class AssetStore:
-    """Files in a directory.
+    """Files in a directory or in an object storage.
 
     Args:
         directory: made when it does not exist; what is in it belongs to the store.
+        blobs: where finished files are kept; None: in `objects` in the directory.
         max_size_bytes: the largest file that may be sent.
         reserve_bytes: room on the disk that uploads leave free.
     """
 
-    def __init__(self, directory: Path, *, max_size_bytes: int = 2 << 30, reserve_bytes: int = 256 << 20) -> None:
-        self._objects, self._uploads = directory / "objects", directory / "uploads"
+    def __init__(
+        self,
+        directory: Path,
+        blobs: BlobStore | None = None,
+        *,
+        max_size_bytes: int = 2 << 30,
+        reserve_bytes: int = 256 << 20,
+    ) -> None:
+        self._blobs: BlobStore = blobs or DirectoryBlobs(directory / "objects")
+        self._uploads, self._fetched = directory / "uploads", directory / "fetched"
         self._max_size_bytes, self._reserve_bytes = max_size_bytes, reserve_bytes
         self._active: dict[Path, Upload] = {}
         self._beginning = asyncio.Lock()
-        self._moving = threading.Lock()  # a file that is stored again while it is deleted must not be lost
-        for folder in (self._objects, self._uploads):
+        self._moving = asyncio.Lock()  # a file that is stored again while it is deleted must not be lost
+        for folder in (self._uploads, self._fetched):
             folder.mkdir(parents=True, exist_ok=True)
 
     # Uploads
@@ -84,7 +100,7 @@ class AssetStore:
             NotReady: the disk has no room for the file.
         """
         self._check(metadata)
-        name = f"{metadata.upload_id}.part" if metadata.upload_id else f"{uuid.uuid4().hex}.tmp"
+        name = _part(metadata.upload_id) if metadata.upload_id else f"{uuid.uuid4().hex}.tmp"
         upload = Upload(self, metadata, self._uploads / name)
         async with self._beginning:
             if (earlier := self._active.get(upload.path)) is not None:
@@ -106,18 +122,21 @@ class AssetStore:
         """
         if not _UPLOAD_ID.fullmatch(upload_id):
             raise InvalidRequest(("upload_id", _UPLOAD_ID_FORM))
-        size = await asyncio.to_thread(_size, self._uploads / f"{upload_id}.part")
+        size = await asyncio.to_thread(_size, self._uploads / _part(upload_id))
         if size is None:
             raise NotFound(f"there is no unfinished upload {upload_id}")
         return size
 
     async def remove_stale_uploads(self, older_than_s: float) -> int:
-        """Removes what has arrived of uploads that nobody has sent to for so many seconds; returns how many."""
+        """Removes what has arrived of uploads that nobody has sent to for so many seconds; returns how many.
+
+        Copies of files in an object storage that nobody has asked for as long go too.
+        """
         active = set(self._active)
 
         def remove() -> int:
             removed = 0
-            for path in set(self._uploads.iterdir()) - active:
+            for path in {*self._uploads.iterdir(), *self._fetched.iterdir()} - active:
                 with suppress(FileNotFoundError):  # finished meanwhile
                     if path.stat().st_mtime < time.time() - older_than_s:
                         path.unlink()
@@ -125,6 +144,13 @@ class AssetStore:
             return removed
 
         return await asyncio.to_thread(remove)
+
+    async def older_than(self, seconds: float) -> list[str]:
+        """Ids of the files that were stored, or sent again, longer ago than this."""
+
+        until = time.time() - seconds
+        known = [blob for blob in await self._blobs.under("") if blob.name.endswith(_KNOWN)]
+        return [blob.name.rpartition("/")[2].removesuffix(_KNOWN) for blob in known if blob.used_s < until]
 
     # Files
 
@@ -139,13 +165,17 @@ class AssetStore:
             NotReady: the disk is full.
         """
 
-        def put() -> pb.Asset:
-            arrived = self._uploads / f"{uuid.uuid4().hex}.tmp"
+        arrived = self._uploads / f"{uuid.uuid4().hex}.tmp"
+
+        def move() -> None:
             with full_disk_is_not_ready():
                 shutil.move(path, arrived)  # copies where `path` is on another file system
-                return self.adopt(arrived, filename)
 
-        return await asyncio.to_thread(put)
+        await asyncio.to_thread(move)
+        try:
+            return await self.adopt(arrived, filename)
+        finally:
+            await asyncio.to_thread(arrived.unlink, missing_ok=True)
 
     async def get(self, asset_id: str) -> pb.Asset:
         """What is known of a file.
@@ -153,16 +183,29 @@ class AssetStore:
         Raises:
             NotFound: there is no such file.
         """
-        return await asyncio.to_thread(self._known, asset_id)
+        if await self._blobs.find(_content(asset_id)) is None:
+            raise _not_found(asset_id)
+        try:
+            known = await self._blobs.read(_content(asset_id) + _KNOWN)
+        except NotFound as error:  # deleted between the two
+            raise _not_found(asset_id) from error
+        return json_format.Parse(bytes(known), pb.Asset())
 
     async def path(self, asset_id: str) -> Path:
-        """Where a file is, for reading.
+        """Where a file is, for reading; one in an object storage is copied here first.
 
         Raises:
             NotFound: there is no such file.
         """
         await self.get(asset_id)
-        return self._content(asset_id)
+        if isinstance(self._blobs, DirectoryBlobs):
+            return self._blobs.path(_content(asset_id))
+        copy = self._fetched / asset_id
+        try:
+            await asyncio.to_thread(os.utime, copy)  # it is in use
+        except FileNotFoundError:
+            await self._blobs.fetch(_content(asset_id), copy)
+        return copy
 
     async def read(self, asset_id: str, offset: int = 0, chunk_bytes: int = 256 << 10) -> AsyncIterator[bytes]:
         """The bytes of a file from an offset on, in chunks; nothing when the offset is its end.
@@ -174,8 +217,9 @@ class AssetStore:
         asset = await self.get(asset_id)
         if offset > asset.size_bytes:
             raise InvalidRequest(("offset_bytes", f"must be 0 to {asset.size_bytes}, got {offset}"))
+        path = await self.path(asset_id)
         try:
-            file = await asyncio.to_thread(self._content(asset_id).open, "rb")
+            file = await asyncio.to_thread(path.open, "rb")
         except FileNotFoundError as error:
             raise _not_found(asset_id) from error
         try:
@@ -187,45 +231,31 @@ class AssetStore:
 
     async def delete(self, asset_id: str) -> None:
         """Deletes a file; one that is not there is left so."""
+        async with self._moving:
+            await self._blobs.delete(_content(asset_id), _content(asset_id) + _KNOWN)
+        await asyncio.to_thread((self._fetched / asset_id).unlink, missing_ok=True)
 
-        def delete() -> None:
-            with self._moving:
-                self._content(asset_id).unlink(missing_ok=True)
-                self._sidecar(asset_id).unlink(missing_ok=True)
+    # For uploads, not for callers of the store
 
-        await asyncio.to_thread(delete)
-
-    # In threads
-
-    def adopt(self, path: Path, filename: str, sha256: str = "") -> pb.Asset:
-        """Moves a finished file of the same file system into the store; for uploads, not for callers of the store.
+    async def adopt(self, path: Path, filename: str, sha256: str = "") -> pb.Asset:
+        """Moves a finished file into the store.
 
         Raises:
             InvalidRequest: it is not the file with this SHA-256, if one is given; the file is removed.
         """
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-            file.seek(0)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            size = os.fstat(file.fileno()).st_size
-            os.fsync(file.fileno())
-        if sha256 and found != sha256.lower():
-            path.unlink()
-            raise InvalidRequest(("metadata.sha256", f"is {sha256.lower()}, but what has arrived has {found}"))
-        asset = pb.Asset(
-            name=f"assets/{found}", filename=filename, size_bytes=size, sha256=found, media_type=media_type(head)
-        )
-        asset.create_time.GetCurrentTime()
-        with self._moving:
-            content = self._content(found)
-            if content.exists():
-                path.unlink()
-                return self._known(found)
-            content.parent.mkdir(exist_ok=True)
-            self._write_sidecar(asset)
-            path.replace(content)
-            _sync_directory(content.parent)
-            _sync_directory(self._objects)
+        asset = await asyncio.to_thread(_looked_at, path, filename)
+        if sha256 and asset.sha256 != sha256.lower():
+            await asyncio.to_thread(path.unlink)
+            raise InvalidRequest(("metadata.sha256", f"is {sha256.lower()}, but what has arrived has {asset.sha256}"))
+        content = _content(asset.sha256)
+        async with self._moving:
+            if await self._blobs.find(content) is not None:
+                await asyncio.to_thread(path.unlink)
+                known = await self._blobs.read(content + _KNOWN)
+                await self._blobs.put(content + _KNOWN, [known], durable=True)  # as young as if it were stored now
+                return await self.get(asset.sha256)
+            await self._blobs.put(content + _KNOWN, [json_format.MessageToJson(asset).encode()], durable=True)
+            await self._blobs.put_file(content, path)
         return asset
 
     def require_room(self, size_bytes: int) -> None:
@@ -236,7 +266,7 @@ class AssetStore:
         """
         free = shutil.disk_usage(self._uploads).free
         if free < size_bytes + self._reserve_bytes:
-            raise _disk_full(f"{size_bytes} bytes are to come, {max(0, free - self._reserve_bytes)} can be taken")
+            raise disk_full(f"{size_bytes} bytes are to come, {max(0, free - self._reserve_bytes)} can be taken")
 
     def release(self, upload: Upload) -> None:
         """Forgets an upload that is no longer written to; for uploads."""
@@ -264,28 +294,6 @@ class AssetStore:
             violations.append(("metadata.offset_bytes", "must be 0 where there is no upload_id"))
         if violations:
             raise InvalidRequest(*violations)
-
-    def _content(self, asset_id: str) -> Path:
-        return self._objects / asset_id[:2] / asset_id
-
-    def _sidecar(self, asset_id: str) -> Path:
-        return self._objects / asset_id[:2] / f"{asset_id}.json"
-
-    def _known(self, asset_id: str) -> pb.Asset:
-        try:
-            if self._content(asset_id).exists():
-                return json_format.Parse(self._sidecar(asset_id).read_text(), pb.Asset())
-        except FileNotFoundError:
-            pass  # deleted between the two
-        raise _not_found(asset_id)
-
-    def _write_sidecar(self, asset: pb.Asset) -> None:
-        arriving = self._uploads / f"{uuid.uuid4().hex}.tmp"
-        with arriving.open("w") as file:
-            file.write(json_format.MessageToJson(asset))
-            file.flush()
-            os.fsync(file.fileno())
-        arriving.replace(self._sidecar(asset.sha256))
 
 
 class Upload:
@@ -321,7 +329,13 @@ class Upload:
             WrongState: another call goes on with this upload.
             NotReady: the disk is full.
         """
-        return await self.run(self._finish)
+
+        async def finish() -> pb.Asset:
+            await asyncio.to_thread(self._complete)
+            with full_disk_is_not_ready():
+                return await self._store.adopt(self.path, self._metadata.filename, self._metadata.sha256)
+
+        return await self._alone(finish)
 
     async def close(self) -> None:
         """Stops writing; may be called again and after `finish`."""
@@ -341,10 +355,12 @@ class Upload:
 
         Otherwise a call that goes on with the upload could meet a thread of the one before, still writing.
         """
+        return await self._alone(lambda: asyncio.to_thread(work))
 
+    async def _alone(self, work: Callable[[], Coroutine[object, object, Result]]) -> Result:
         async def alone() -> Result:
             async with self._lock:
-                return await asyncio.to_thread(work)
+                return await work()
 
         return await asyncio.shield(asyncio.create_task(alone()))
 
@@ -371,14 +387,12 @@ class Upload:
                 self._received += written
                 rest = rest[written:]
 
-    def _finish(self) -> pb.Asset:
+    def _complete(self) -> None:
         self._open_descriptor()
         if self._received != self._metadata.size_bytes:
             text = f"is {self._metadata.size_bytes}, but {self._received} bytes have arrived"
             raise InvalidRequest(("metadata.size_bytes", text))
         self._close_descriptor()
-        with full_disk_is_not_ready():
-            return self._store.adopt(self.path, self._metadata.filename, self._metadata.sha256)
 
     def _close(self) -> None:
         self._close_descriptor()
@@ -399,19 +413,28 @@ class Upload:
 _UPLOAD_ID_FORM = "must be 1 to 64 characters of a-z, A-Z, 0-9, - and _"
 
 
-@contextmanager
-def full_disk_is_not_ready() -> Iterator[None]:
-    """Turns the error of a full disk into NotReady; others pass."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _disk_full("writing failed") from error
-        raise
+def _part(upload_id: str) -> str:
+    """Name of the file of an unfinished upload: callers choose ids, and must not meet in one."""
+    caller = current_caller()
+    return f"{caller}.{upload_id}.part" if caller else f"{upload_id}.part"
 
 
-def _disk_full(detail: str) -> NotReady:
-    return NotReady(f"the gateway's disk is full: {detail}", reason="DISK_FULL", retry_after_s=60)
+def _content(asset_id: str) -> str:
+    return f"{asset_id[:2]}/{asset_id}"
+
+
+def _looked_at(path: Path, filename: str) -> pb.Asset:
+    """What a file is."""
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+        file.seek(0)
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+    asset = pb.Asset(
+        name=f"assets/{found}", filename=filename, size_bytes=size, sha256=found, media_type=media_type(head)
+    )
+    asset.create_time.GetCurrentTime()
+    return asset
 
 
 def _not_found(asset_id: str) -> NotFound:
@@ -422,11 +445,3 @@ def _size(path: Path) -> int | None:
     with suppress(FileNotFoundError):
         return path.stat().st_size
     return None
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,8 +25,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from bunraku.errors import InvalidRequest
 from bunraku.v1 import gateway_pb2 as pb
-from gateway.assets import full_disk_is_not_ready
-from runtime.video import open_video
+from gateway.blobs import full_disk_is_not_ready
+from runtime.video import VideoLimits, open_video
 
 Frame = npt.NDArray[np.uint8]  # [height, width, 3]
 
@@ -39,6 +39,14 @@ class ImageLimits:
 
     max_bytes: int = 64 << 20
     max_pixels: int = 50_000_000  # the cameras of telephones have 48 million
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What is still taken of the files of a request."""
+
+    images: ImageLimits = ImageLimits()
+    videos: VideoLimits = VideoLimits()  # noqa: RUF009  # frozen
 
 
 def read_image(path: Path, field: str, limits: ImageLimits = ImageLimits()) -> Frame:

@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bunraku.v1 import gateway_pb2 as pb
+from gateway.jobs.claims import Told
+from gateway.jobs.costs import Cost
 from gateway.media import jpeg
+from runtime import telemetry
 
 RUNNING = pb.StageProgressState.STAGE_PROGRESS_STATE_RUNNING
 DONE = pb.StageProgressState.STAGE_PROGRESS_STATE_DONE
@@ -33,6 +36,9 @@ _WEIGHTS = {
     "denoise": 80.0,
     "decode": 12.0,
 }
+
+# Work of the gateway itself, which takes no GPU
+_OWN_WORK = ("write",)
 
 # Events of so short a time are written together
 _COLLECTING_S = 0.05
@@ -60,25 +66,33 @@ class _StageState:
     begun: float
     sent: float = 0.0
     seconds_before: float = 0.0
+    told_window: int = -1
+
+    def seconds(self) -> float:
+        """Spent in it so far."""
+        if self.message.state == DONE:
+            return self.seconds_before
+        return self.seconds_before + time.monotonic() - self.begun
 
 
 class ProgressReport:
     """Collects reports and passes them on; use `async with`.
 
     Args:
-        write: stores the events that have come since it was called last, and how far the generation has come.
+        write: stores what has come since it was called last.
         interval_s: of events of one stage.
     """
 
     def __init__(
         self,
-        write: Callable[[list[pb.WatchGenerationResponse], pb.GenerationProgress], Awaitable[object]],
+        write: Callable[[Told], Awaitable[object]],
         *,
         interval_s: float = 0.25,
     ) -> None:
         self._write_reports, self._interval_s = write, interval_s
         self._stages: dict[str, _StageState] = {}
         self._begun = time.monotonic()
+        self._steps_run = 0
         self._events: asyncio.Queue[pb.WatchGenerationResponse] = asyncio.Queue()
         self._news, self._ending = asyncio.Event(), asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -88,7 +102,7 @@ class ProgressReport:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Writes what is left."""
+        """Ends the writing; `told` gives what is left, to be stored with how the generation ended."""
         assert self._writer is not None
         self._ending.set()
         self._news.set()
@@ -101,7 +115,9 @@ class ProgressReport:
         state.begun = time.monotonic()
         state.message.state = RUNNING
         self._send(state)
-        yield
+        attributes = {telemetry.ATTRIBUTE_WINDOW: window, telemetry.ATTRIBUTE_WINDOWS: windows}
+        with telemetry.span(telemetry.SPAN_PIPELINE_PREFIX + stage, attributes):
+            yield
         state.message.state = DONE
         if window + 1 == windows:
             state.message.completed = state.message.total = max(state.message.completed, state.message.total, 1)
@@ -111,6 +127,9 @@ class ProgressReport:
     def progress(self, stage: str, completed: int, total: int, *, window: int = 0, windows: int = 1) -> None:
         """`completed` of `total` units (steps or frames) of a stage are done."""
         state = self._state(stage, window, windows)
+        if stage == "denoise" and state.told_window == window and completed > state.message.completed:
+            self._steps_run += completed - state.message.completed
+        state.told_window = window
         state.message.completed, state.message.total, state.message.state = completed, total, RUNNING
         if completed == total or time.monotonic() - state.sent >= self._interval_s or stage == "denoise":
             self._send(state)
@@ -140,6 +159,30 @@ class ProgressReport:
             progress.remaining.FromMilliseconds(int(1000 * elapsed * (1 - progress.fraction) / progress.fraction))
         return progress
 
+    def told(self) -> Told:
+        """What has come since it was asked for last."""
+        events = [self._events.get_nowait() for _ in range(self._events.qsize())]
+        return Told(events, self.message(), self.gpu_seconds, self.denoising)
+
+    @property
+    def denoising(self) -> bool:
+        """A step of the denoiser has ended, and more are to come."""
+        state = self._stages.get("denoise")
+        return state is not None and state.message.state == RUNNING and self._steps_run > 0
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Spent in the stages so far, all of them together."""
+        return sum(state.seconds() for stage, state in self._stages.items() if stage not in _OWN_WORK)
+
+    def cost(self) -> Cost | None:
+        """What the generation took, once it has ended; None where the denoiser did too little to tell."""
+        state = self._stages.get("denoise")
+        if state is None or not self._steps_run:
+            return None
+        per_step = state.seconds() / self._steps_run
+        return Cost(per_step * max(1, state.message.windows), self.gpu_seconds - state.seconds())
+
     def _done(self) -> float:
         done = 0.0
         for stage, weight in _WEIGHTS.items():
@@ -168,13 +211,13 @@ class ProgressReport:
 
     async def _write(self) -> None:
         """Writes events in order, those of a moment together: each write waits for the disk."""
-        while not (self._ending.is_set() and self._events.empty()):
+        while not self._ending.is_set():
             await self._news.wait()
             self._news.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), _COLLECTING_S)
-            waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
-            await self._write_reports(waiting, self.message())
+            if not self._ending.is_set():
+                await self._write_reports(self.told())
 
     def _tell(self, event: pb.WatchGenerationResponse) -> None:
         self._events.put_nowait(event)

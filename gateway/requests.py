@@ -18,6 +18,7 @@ from typing import Self
 from bunraku.errors import InvalidRequest, NotThereYet
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.assets import ASSET_NAME
+from gateway.fetch import is_url
 from runtime.bundles import SOLVERS, Bundle
 
 MAX_PROMPT_CHARACTERS = 10_000
@@ -142,7 +143,7 @@ def default_seed() -> int:
 
 
 def named_assets(request: pb.CreateGenerationRequest) -> dict[str, str]:
-    """The files that a request names: field, as in the proto, and `assets/{id}`."""
+    """The files that a request names: field, as in the proto, and `assets/{id}` or a URL."""
     animate = request.animate
     fields = {
         "animate.reference_image": animate.reference_image,
@@ -298,14 +299,14 @@ def _animate_violations(animate: pb.AnimateTask, model: ModelSpec | None) -> Ite
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             yield f"animate.{field}", f"must have at most {MAX_PROMPT_CHARACTERS} characters, has {len(prompt)}"
     if not animate.reference_image:
-        yield "animate.reference_image", "must name an asset: assets/{id}"
+        yield "animate.reference_image", "must name an asset, assets/{id}, or be a URL"
     if animate.WhichOneof("motion") is None:
         yield "animate.motion", "must be set: pose_video"
     elif not (animate.pose_video or animate.driving_video):
-        yield f"animate.{animate.WhichOneof('motion')}", "must name an asset: assets/{id}"
+        yield f"animate.{animate.WhichOneof('motion')}", "must name an asset, assets/{id}, or be a URL"
     for field, name in named_assets(pb.CreateGenerationRequest(animate=animate)).items():
-        if not ASSET_NAME.fullmatch(name):
-            yield field, f"must be assets/ and 64 hexadecimal digits, got {name[:100]!r}"
+        if not is_url(name) and not ASSET_NAME.fullmatch(name):
+            yield field, f"must be a URL or assets/ and 64 hexadecimal digits, got {name[:100]!r}"
     if animate.mask_video and not animate.driving_video:
         yield "animate.mask_video", "goes with driving_video only"
     if animate.people > MAX_PEOPLE:

@@ -1,7 +1,8 @@
 """One small client per stage. Tensors pass through unopened: what one stage gives is sent on to the next.
 
 Every method is one stage's work, tried again on another replica when a stage is not ready, within the time that the
-request has; `Work` says how much that is and where progress goes.
+request has; `Work` says how much that is, where progress goes and what was made before. What was made of the same
+before, by the same, is not made again (gateway.outputs).
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Iterable,
     Mapping,
     Sequence,
 )
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import Message
 
-from bunraku.errors import NotReady
+from bunraku.errors import BunrakuError, InvalidRequest, NotReady
+from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import (
     denoiser_pb2,
     denoiser_pb2_grpc,
@@ -33,8 +38,9 @@ from bunraku.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
+from gateway.outputs import Checkpoints, JobOutputs, Recipe, StageOutput, content_digest
 from gateway.progress import Report
-from runtime.client import Budget, Retry, StageCall, StageClient, retrying
+from runtime.client import Budget, Retry, StageCall, StageClient, retrying, within
 from runtime.shared_memory import SharedMemory
 from runtime.tensors import WireTensor
 
@@ -42,6 +48,7 @@ T = TypeVar("T")
 Frames = npt.NDArray[np.uint8]
 DEFAULT_RETRY = Retry()
 _CHECKPOINT_PREFIX = "checkpoint."
+_ANOTHER_RUN = "CHECKPOINT_OF_ANOTHER_RUN"
 
 
 @dataclass(frozen=True)
@@ -53,12 +60,16 @@ class Work:
         budget: the time that is left.
         report: takes progress.
         retry: when a stage is not ready.
+        turn: the denoiser is called inside it, which may wait for those of higher priority.
+        outputs: what was made before, and where to keep what is made; None: nothing is kept.
     """
 
     generation: str
     budget: Budget
     report: Report
     retry: Retry = DEFAULT_RETRY
+    turn: Callable[[], AbstractAsyncContextManager[None]] = nullcontext
+    outputs: JobOutputs | None = None
 
     async def attempt(self, stage: str, attempt: Callable[[int], Awaitable[T]]) -> T:
         """Runs `attempt` until it succeeds, telling of `stage` while it waits."""
@@ -68,6 +79,36 @@ class Work:
 
         return await retrying(attempt, self.budget, self.retry, waiting)
 
+    async def output(
+        self,
+        stage: str,
+        recipe: Recipe,
+        revisions: Callable[[], Awaitable[Collection[str]]],
+        attempt: Callable[[int], Awaitable[StageOutput]],
+    ) -> StageOutput:
+        """What `attempt` makes, unless it was made before; generations that need the same at once make it once.
+
+        Args:
+            stage: what progress calls it.
+            recipe: what decides the output.
+            revisions: of what would make it now.
+            attempt: as of `attempt` above.
+        """
+        with self.report.stage(stage):
+            if self.outputs is None:
+                return await self.attempt(stage, attempt)
+            async with within(self.budget), self.outputs.alone(recipe):
+                found = await self.outputs.find(recipe, await revisions())
+                if found is not None:
+                    return found
+                return await self.outputs.keep(recipe, await self.attempt(stage, attempt))
+
+    async def digests(self, **inputs: WireTensor) -> dict[str, str]:
+        """Of contents, by name; empty where nothing is kept anyway."""
+        if self.outputs is None:
+            return {}
+        return {name: await content_digest(tensor) for name, tensor in inputs.items()}
+
 
 class EncoderStage:
     """Prompts and pictures to embeddings."""
@@ -75,18 +116,19 @@ class EncoderStage:
     def __init__(self, client: StageClient[Any]) -> None:
         self.client = client
 
-    async def encode_text(self, work: Work, prompt: str, negative_prompt: str | None) -> dict[str, WireTensor]:
+    async def encode_text(self, work: Work, prompt: str, negative_prompt: str | None) -> StageOutput:
         """`prompt_embeds` and, unless there is no negative prompt, `negative_prompt_embeds`."""
         request = encoder_pb2.EncodeTextRequest(prompt=prompt, negative_prompt=negative_prompt)
 
-        async def attempt(number: int) -> dict[str, WireTensor]:
+        async def attempt(number: int) -> StageOutput:
             async with self.client.call(work.budget, generation=work.generation, attempt=number) as call:
-                return await _tensors(call.unary(call.stub.EncodeText, request))
+                tensors = await _tensors(call.unary(call.stub.EncodeText, request))
+                return StageOutput(tensors, revision=call.revision)
 
-        with work.report.stage("text"):
-            return await work.attempt("text", attempt)
+        recipe = Recipe("encoder", "EncodeText", stable_bytes(request))
+        return await work.output("text", recipe, self.client.revisions, attempt)
 
-    async def encode_image(self, work: Work, image: Frames, resize: str) -> dict[str, WireTensor]:
+    async def encode_image(self, work: Work, image: Frames, resize: str) -> StageOutput:
         """`image_embeds` of a picture, uint8 [H, W, 3]; `resize` is `lanczos` or `bicubic`."""
         first = encoder_pb2.EncodeImageRequest(
             parameters=encoder_pb2.EncodeImageParameters(
@@ -94,13 +136,15 @@ class EncoderStage:
             )
         )
 
-        async def attempt(number: int) -> dict[str, WireTensor]:
-            async with self.client.call(work.budget, generation=work.generation, attempt=number) as call:
-                picture = [WireTensor.from_numpy("image", image)]
-                return await _tensors(call.stream(call.stub.EncodeImage, first, picture))
+        picture = WireTensor.from_numpy("image", image)
 
-        with work.report.stage("image"):
-            return await work.attempt("image", attempt)
+        async def attempt(number: int) -> StageOutput:
+            async with self.client.call(work.budget, generation=work.generation, attempt=number) as call:
+                tensors = await _tensors(call.stream(call.stub.EncodeImage, first, [picture]))
+                return StageOutput(tensors, revision=call.revision)
+
+        recipe = Recipe("encoder", "EncodeImage", stable_bytes(first), await work.digests(image=picture))
+        return await work.output("image", recipe, self.client.revisions, attempt)
 
 
 @dataclass(frozen=True)
@@ -120,6 +164,14 @@ class Driving:
     preset: str
 
 
+@dataclass(frozen=True)
+class PoseFound:
+    """What the pose stage says before the frames, and the revision of what says it."""
+
+    info: pose_pb2.PoseInfo
+    revision: str
+
+
 class PoseStage:
     """Videos to pose frames."""
 
@@ -128,7 +180,7 @@ class PoseStage:
 
     async def fit(
         self, work: Work, video: bytes, height: int, width: int, max_frames: int, attempt: int
-    ) -> AsyncGenerator[pose_pb2.PoseInfo | WireTensor]:
+    ) -> AsyncGenerator[PoseFound | WireTensor]:
         """One attempt at fitting a ready pose video: what was found, then `pose_frames` as they come."""
         first = pose_pb2.FitPoseVideoRequest(
             parameters=pose_pb2.FitPoseVideoParameters(height=height, width=width, max_frames=max_frames)
@@ -136,11 +188,11 @@ class PoseStage:
         async with self.client.call(work.budget, generation=work.generation, attempt=attempt) as call:
             file = [WireTensor.from_bytes("video", video)]
             async for item in call.stream(call.stub.FitPoseVideo, first, file):
-                yield item if isinstance(item, WireTensor) else item.info  # type: ignore[attr-defined]
+                yield item if isinstance(item, WireTensor) else PoseFound(item.info, call.revision)  # type: ignore[attr-defined]
 
     async def extract(
         self, work: Work, driving: Driving, reference_image: Frames, max_frames: int, attempt: int
-    ) -> AsyncGenerator[pose_pb2.PoseInfo | WireTensor]:
+    ) -> AsyncGenerator[PoseFound | WireTensor]:
         """One attempt at finding the poses of a raw video: what was found, then `pose_frames` as they come."""
         height, width, _ = reference_image.shape
         first = pose_pb2.ExtractPoseRequest(
@@ -159,7 +211,7 @@ class PoseStage:
                 if isinstance(item, WireTensor):
                     yield item
                 elif item.WhichOneof("message") == "info":
-                    yield item.info  # type: ignore[attr-defined]
+                    yield PoseFound(item.info, call.revision)  # type: ignore[attr-defined]
                 else:
                     step = item.progress  # type: ignore[attr-defined]
                     work.report.progress(f"pose_{step.step}", step.completed_frames, step.total_frames)
@@ -171,14 +223,15 @@ class VaeStage:
     def __init__(self, client: StageClient[Any]) -> None:
         self.client = client
 
-    async def encode(self, work: Work, stage: str, frames: Frames) -> WireTensor:
+    async def encode(self, work: Work, stage: str, frames: Frames) -> StageOutput:
         """`latents` of frames at hand, uint8 [n, H, W, 3]; `stage` is what to report them as."""
+        given = WireTensor.from_numpy("frames", frames)
 
-        async def attempt(number: int) -> WireTensor:
-            return await self.encode_once(work, frames.shape[:3], [WireTensor.from_numpy("frames", frames)], number)
+        async def attempt(number: int) -> StageOutput:
+            return await self.encode_once(work, frames.shape[:3], [given], number)
 
-        with work.report.stage(stage):
-            return await work.attempt(stage, attempt)
+        recipe = Recipe("vae", "Encode", b"", await work.digests(frames=given))
+        return await work.output(stage, recipe, self.client.revisions, attempt)
 
     async def encode_once(
         self,
@@ -187,7 +240,7 @@ class VaeStage:
         frames: Iterable[WireTensor] | AsyncIterable[WireTensor],
         attempt: int,
         on_progress: Callable[[int], None] = lambda completed: None,
-    ) -> WireTensor:
+    ) -> StageOutput:
         """One attempt at encoding a series of `frames` that may come bit by bit; shape is [num_frames, H, W]."""
         num_frames, height, width = shape
         first = vae_pb2.EncodeRequest(
@@ -195,15 +248,20 @@ class VaeStage:
         )
         async with self.client.call(work.budget, generation=work.generation, attempt=attempt) as call:
             answers = call.stream(call.stub.Encode, first, frames)
-            return (await _tensors(answers, lambda m: on_progress(m.progress.completed_frames)))["latents"]
+            tensors = await _tensors(answers, lambda m: on_progress(m.progress.completed_frames))
+            return StageOutput({"latents": tensors["latents"]}, revision=call.revision)
 
     async def decode(
         self, work: Work, latents: WireTensor, decoding: Decoding, sink: Callable[[Frames], Awaitable[None]]
-    ) -> None:
-        """Decodes latents into `sink`, uint8 [n, H, W, 3] at a time; an attempt goes on where the last one broke."""
+    ) -> str:
+        """Decodes latents into `sink`, uint8 [n, H, W, 3] at a time; an attempt goes on where the last one broke.
+
+        Returns:
+            revision of what has decoded them.
+        """
         delivered = 0
 
-        async def attempt(number: int) -> None:
+        async def attempt(number: int) -> str:
             nonlocal delivered
             first = vae_pb2.DecodeRequest(parameters=decoding.parameters(delivered))
             tensors = [latents]
@@ -214,8 +272,9 @@ class VaeStage:
                     assert isinstance(item, WireTensor)
                     await sink(item.numpy())
                     delivered += item.shape[0]
+                return call.revision
 
-        await work.attempt("decode", attempt)
+        return await work.attempt("decode", attempt)
 
 
 @dataclass(frozen=True)
@@ -244,11 +303,35 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is given beside its parameters.
+
+    Attributes:
+        tensors: by name.
+        digests: of the outputs that they come from, by what these are; an empty one: not known.
+    """
+
+    tensors: Mapping[str, WireTensor]
+    digests: Mapping[str, str]
+
+    def joined(self, tensors: Mapping[str, WireTensor], digests: Mapping[str, str]) -> Conditioning:
+        """The same and more."""
+        return Conditioning({**self.tensors, **tensors}, {**self.digests, **digests})
+
+
+@dataclass(frozen=True)
 class _Checkpoint:
-    """The last checkpoint that came whole."""
+    """A checkpoint that came whole."""
 
     message: denoiser_pb2.Checkpoint
     tensors: Mapping[str, WireTensor]
+
+    def to_output(self) -> StageOutput:
+        return StageOutput(self.tensors, {"checkpoint": self.message.SerializeToString().hex()})
+
+    @classmethod
+    def from_output(cls, output: StageOutput) -> _Checkpoint:
+        return cls(denoiser_pb2.Checkpoint.FromString(bytes.fromhex(output.facts["checkpoint"])), output.tensors)
 
 
 class DenoiserStage:
@@ -261,39 +344,99 @@ class DenoiserStage:
         self,
         work: Work,
         parameters: denoiser_pb2.DenoiseParameters,
-        conditioning: Mapping[str, WireTensor],
+        conditioning: Conditioning,
         window: int = 0,
         windows: int = 1,
-    ) -> WireTensor:
-        """`latents` of one window; an attempt goes on from the last checkpoint of the one before."""
-        checkpoint: _Checkpoint | None = None
+    ) -> StageOutput:
+        """`latents` of one window, unless this generation has made them before it was interrupted."""
+        recipe = denoise_recipe(parameters, conditioning)
+        kept = work.outputs if all(conditioning.digests.values()) else None
+        found = await kept.find_own(recipe, await self.client.revisions()) if kept is not None else None
+        if found is not None:
+            with work.report.stage("denoise", window=window, windows=windows):
+                steps = parameters.num_inference_steps
+                work.report.progress("denoise", steps, steps, window=window, windows=windows)
+            return found
+        run = _Run(self.client, work, parameters, conditioning.tensors, window, windows)
+        async with work.turn():
+            with work.report.stage("denoise", window=window, windows=windows):
+                made = await run.latents(kept.checkpoints(recipe) if kept is not None else None)
+        return made if kept is None else await kept.keep_own(recipe, made)
 
-        async def attempt(number: int) -> WireTensor:
+
+@dataclass(frozen=True)
+class _Run:
+    """One window that is denoised, in as many attempts as it takes; each goes on from the last checkpoint."""
+
+    client: StageClient[Any]
+    work: Work
+    parameters: denoiser_pb2.DenoiseParameters
+    tensors: Mapping[str, WireTensor]
+    window: int
+    windows: int
+
+    async def latents(self, checkpoints: Checkpoints | None) -> StageOutput:
+        """Args: checkpoints: where they are kept, those of an interrupted attempt included; None: nowhere."""
+        kept = await checkpoints.last() if checkpoints is not None else None
+        checkpoint = _Checkpoint.from_output(kept) if kept is not None else None
+
+        def arrived(latest: _Checkpoint) -> None:
             nonlocal checkpoint
-            first = denoiser_pb2.DenoiseRequest(parameters=parameters)
-            tensors = list(conditioning.values())
-            if checkpoint is not None:
-                first.parameters.start_from.CopyFrom(checkpoint.message)
-                tensors += checkpoint.tensors.values()
-            reader = _DenoiseReader(work.report, window, windows)
-            async with self.client.call(work.budget, generation=work.generation, attempt=number) as call:
-                try:
-                    return await reader.read(call, first, tensors)
-                finally:
-                    checkpoint = reader.checkpoint or checkpoint
+            checkpoint = latest
+            if checkpoints is not None:
+                checkpoints.keep(latest.message.completed_steps, latest.to_output())
 
-        return await work.attempt("denoise", attempt)
+        async def attempt(number: int) -> StageOutput:
+            nonlocal checkpoint
+            try:
+                return await self._attempt(number, checkpoint, arrived)
+            except BunrakuError as error:
+                if checkpoint is None or not _refuses_checkpoint(error):
+                    raise
+                # weights were exchanged meanwhile, or it was made of inputs that had to be made again
+                checkpoint = None
+                raise NotReady("begins anew", reason=_ANOTHER_RUN, stage="denoiser", retry_after_s=0.0) from error
+
+        return await self.work.attempt("denoise", attempt)
+
+    async def _attempt(
+        self, number: int, checkpoint: _Checkpoint | None, arrived: Callable[[_Checkpoint], None]
+    ) -> StageOutput:
+        first = denoiser_pb2.DenoiseRequest(parameters=self.parameters)
+        tensors = list(self.tensors.values())
+        if checkpoint is not None:
+            first.parameters.start_from.CopyFrom(checkpoint.message)
+            tensors += checkpoint.tensors.values()
+        reader = _DenoiseReader(self.work.report, self.window, self.windows, arrived)
+        async with self.client.call(self.work.budget, generation=self.work.generation, attempt=number) as call:
+            latents = await reader.read(call, first, tensors)
+            return StageOutput({"latents": latents}, revision=call.revision)
+
+
+def denoise_recipe(parameters: denoiser_pb2.DenoiseParameters, conditioning: Conditioning) -> Recipe:
+    """What decides the latents: not how often something is told of them on the way."""
+    decisive = denoiser_pb2.DenoiseParameters()
+    decisive.CopyFrom(parameters)
+    for field in ("preview_every_steps", "checkpoint_every_steps", "start_from"):
+        decisive.ClearField(field)
+    return Recipe("denoiser", "Denoise", stable_bytes(decisive), conditioning.digests)
+
+
+def _refuses_checkpoint(error: BunrakuError) -> bool:
+    if isinstance(error, InvalidRequest):
+        return any(field.startswith(("start_from", _CHECKPOINT_PREFIX)) for field, _ in error.violations)
+    return error.reason == _ANOTHER_RUN
 
 
 class _DenoiseReader:
-    """Reads the answers of one attempt: reports steps, keeps the last checkpoint, gives the latents."""
+    """Reads the answers of one attempt: reports steps, passes checkpoints on, gives the latents."""
 
-    def __init__(self, report: Report, window: int, windows: int) -> None:
+    def __init__(self, report: Report, window: int, windows: int, on_checkpoint: Callable[[_Checkpoint], None]) -> None:
         self._report, self._window, self._windows = report, window, windows
+        self._on_checkpoint = on_checkpoint
         self._total_steps = self._completed_steps = 0
         self._pending: denoiser_pb2.Checkpoint | None = None
         self._pending_tensors: dict[str, WireTensor] = {}
-        self.checkpoint: _Checkpoint | None = None
 
     async def read(
         self, call: StageCall[Any], first: denoiser_pb2.DenoiseRequest, tensors: Iterable[WireTensor]
@@ -329,7 +472,7 @@ class _DenoiseReader:
         self._pending_tensors[tensor.name] = replace(tensor, data=tensor.data.copy())
         wanted = {_CHECKPOINT_PREFIX + name for name in self._pending.tensors} if self._pending else set()
         if self._pending is not None and self._pending_tensors.keys() == wanted:
-            self.checkpoint = _Checkpoint(self._pending, self._pending_tensors)
+            self._on_checkpoint(_Checkpoint(self._pending, self._pending_tensors))
 
 
 @dataclass(frozen=True)
@@ -356,11 +499,13 @@ class Stages:
             await client.close()
 
 
-def connect(addresses: Mapping[str, Sequence[str]], shared_memory: SharedMemory | None) -> Stages:
+def connect(
+    addresses: Mapping[str, Sequence[str]], shared_memory: SharedMemory | None, tls: TlsFiles = NO_TLS
+) -> Stages:
     """Clients of the stages at these addresses, by the stages' names."""
 
     def client(stage: str, stub: Callable[..., Any]) -> StageClient[Any]:
-        return StageClient(stage, stub, addresses[stage], shared_memory=shared_memory)
+        return StageClient(stage, stub, addresses[stage], shared_memory=shared_memory, tls=tls)
 
     return Stages(
         EncoderStage(client("encoder", encoder_pb2_grpc.EncoderServiceStub)),
@@ -368,6 +513,11 @@ def connect(addresses: Mapping[str, Sequence[str]], shared_memory: SharedMemory 
         DenoiserStage(client("denoiser", denoiser_pb2_grpc.DenoiserServiceStub)),
         VaeStage(client("vae", vae_pb2_grpc.VaeServiceStub)),
     )
+
+
+def stable_bytes(message: Message) -> bytes:
+    """The same bytes for the same message, whatever the process."""
+    return message.SerializeToString(deterministic=True)
 
 
 async def _tensors(

@@ -1,15 +1,14 @@
 """Calls to stages: the mirror of runtime.server.
 
-A `StageClient` knows the addresses of one stage (a DNS name may stand for many), keeps a channel to each, sends a call
-to the one with the least work, agrees on shared memory where both sides share a host, passes the deadline and the trace
-on, and turns a failed call back into the error that the stage raised.
+A `StageClient` sends a call to the replica with the most free slots (runtime.replicas), agrees on shared memory where
+both sides share a host, passes the deadline and the trace on, and turns a failed call back into the error that the
+stage raised. A call that one replica does not take goes to another at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import (
     AsyncIterable,
@@ -27,12 +26,16 @@ from typing import Any, Generic, TypeVar
 import grpc
 import tenacity
 from google.protobuf.message import Message
+from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from bunraku.errors import DeadlineExceeded, InvalidRequest, NotReady, StageBroken, from_rpc_error
+from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime import telemetry
-from runtime.server import FLOW_CONTROL, MAX_MESSAGE_BYTES, fast_deserializer
+from runtime.edges import Edge
+from runtime.replicas import Endpoint, Replicas
+from runtime.server import FLOW_CONTROL, MAX_MESSAGE_BYTES, PING_TIMEOUT, fast_deserializer
 from runtime.shared_memory import LOST, SharedMemory, Sharing, boot_id
 from runtime.tensors import CHUNK_BYTES, MAX_CALL_BYTES, WireTensor, receive, send_tensors, serialize
 
@@ -44,8 +47,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     *FLOW_CONTROL,
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    # a stage that is frozen, or a network that swallows everything, is noticed after this and PING_TIMEOUT together
+    ("grpc.keepalive_time_ms", 10_000),
+    *PING_TIMEOUT,
     ("grpc.keepalive_permit_without_calls", 1),
     # the StageClient retries, on another address; retries of the library would multiply with those
     ("grpc.enable_retries", 0),
@@ -57,12 +61,12 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 _AGREEMENT_TIMEOUT_S = 2.0
-_RESOLVE_INTERVAL_S = 5.0
-_REST_AFTER_FAILURE_S = 1.0
 # What grpc.aio says of a call whose request could not be written on, whatever the reason
 _WRITE_FAILED = "Internal error from Core"
 _STATUS_ARRIVES_S = 1.0
 _ENDED = "STAGE_ENDED_CALL"
+# Reason of a NotReady after which the process that worked on the call is gone, or cannot be reached
+LOST_AT_WORK = "STAGE_LOST_AT_WORK"
 # What writing to a call raises that the stage has ended
 _ENDED_BY_STAGE = (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError)
 
@@ -76,20 +80,24 @@ class Retry:
         patience_s: how long after the first attempt another may begin; a stage that is started again loads its
             weights meanwhile.
         first_wait_s, longest_wait_s: the wait doubles from one to the other, with jitter; a stage that says when to
-            come back is believed up to the longest wait.
+            come back is believed up to the longest wait, and where another replica may take the call there is none.
+        losses: stages that may die while they work on it, before it is taken to be what kills them.
     """
 
     attempts: int = 1000
     patience_s: float = 120.0
     first_wait_s: float = 0.25
     longest_wait_s: float = 4.0
+    losses: int = 5
 
     def wait_s(self, state: tenacity.RetryCallState) -> float:
         """Seconds before the next attempt."""
         backoff = tenacity.wait_random_exponential(self.first_wait_s, self.longest_wait_s)
         error = state.outcome.exception() if state.outcome else None
-        asked = (error.retry_after_s or 0.0) if isinstance(error, NotReady) else 0.0
-        return min(self.longest_wait_s, max(asked, backoff(state)))
+        asked = error.retry_after_s if isinstance(error, NotReady) else None
+        if asked is None:
+            return backoff(state)
+        return 0.0 if asked == 0 else min(self.longest_wait_s, max(asked, backoff(state)))
 
 
 async def retrying(
@@ -108,8 +116,21 @@ async def retrying(
 
     Raises:
         NotReady: it never succeeded; the message names the stage.
+        StageBroken: too many stages have died while they worked on it.
         DeadlineExceeded: the budget is spent.
     """
+    losses = 0
+
+    async def counted(number: int) -> T:
+        nonlocal losses
+        try:
+            return await attempt(number)
+        except NotReady as error:
+            losses += error.reason == LOST_AT_WORK
+            if losses < retry.losses:
+                raise
+            text = f"the {error.stage} stage died {losses} times while it worked on this: {error.message}"
+            raise StageBroken(text, reason=LOST_AT_WORK, stage=error.stage) from error
 
     def waiting(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -124,18 +145,26 @@ async def retrying(
         reraise=True,
     )
     try:
-        async with asyncio.timeout(budget.remaining_s):
+        async with within(budget):
             async for trial in policy:
                 with trial:
-                    return await attempt(trial.retry_state.attempt_number)
+                    return await counted(trial.retry_state.attempt_number)
     except NotReady as error:
         if not error.stage:
             raise
         text = f"the {error.stage} stage is not available: {error.message}"
         raise NotReady(text, reason="STAGE_UNAVAILABLE", stage=error.stage, retry_after_s=5.0) from error
+    raise AssertionError("tenacity ends with a result or an error")
+
+
+@asynccontextmanager
+async def within(budget: Budget) -> AsyncIterator[None]:
+    """Ends its block when the time of the request is over. Raises DeadlineExceeded then."""
+    try:
+        async with asyncio.timeout(budget.remaining_s):
+            yield
     except TimeoutError:
         raise DeadlineExceeded("the time for this request is over") from None
-    raise AssertionError("tenacity ends with a result or an error")
 
 
 @dataclass
@@ -181,28 +210,20 @@ def _fast(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "request_serializer": serialize, "response_deserializer": deserialize}
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel with this system's options. The caller closes it."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def open_channel(address: str, tls: TlsFiles = NO_TLS, server_name: str = "") -> grpc.aio.Channel:
+    """A channel with this system's options. The caller closes it.
 
+    Args:
+        tls: files of this side; without any, the channel is not encrypted.
+        server_name: that the server's certificate must be of; empty: the host of the address.
 
-@dataclass(eq=False)
-class Endpoint:
-    """One address of a stage and what is known of it."""
-
-    address: str
-    channel: grpc.aio.Channel
-    calls: int = 0
-    rests_until: float = 0.0
-    agreed: bool | None = None
-    session: str = ""
-    peer: str = ""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def failed(self) -> None:
-        """Others are tried first for a while, and shared memory is agreed on anew: it may be another process now."""
-        self.rests_until = time.monotonic() + _REST_AFTER_FAILURE_S
-        self.agreed = None
+    Raises:
+        OSError: a file cannot be read.
+    """
+    if not tls:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    named = (("grpc.ssl_target_name_override", server_name),) if server_name else ()
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=(*CHANNEL_OPTIONS, *named))
 
 
 class StageClient(Generic[Stub]):
@@ -213,6 +234,7 @@ class StageClient(Generic[Stub]):
         stub: the generated stub class.
         addresses: `host:port`, one or several; a host name that resolves to several addresses stands for all of them.
         shared_memory: of this process; None: tensors go as bytes.
+        tls: files of this side; with any, the stage's certificate must be of the host name in the address.
     """
 
     def __init__(
@@ -222,42 +244,39 @@ class StageClient(Generic[Stub]):
         addresses: Sequence[str],
         *,
         shared_memory: SharedMemory | None = None,
+        tls: TlsFiles = NO_TLS,
         chunk_bytes: int = CHUNK_BYTES,
         max_call_bytes: int = MAX_CALL_BYTES,
     ) -> None:
-        if not addresses:
-            raise ValueError(f"stage {stage} has no address")
-        self.stage, self._stub, self._addresses = stage, stub, tuple(addresses)
-        self._shared_memory = shared_memory
+        self.stage, self._stub = stage, stub
+        self._shared_memory, self._tls = shared_memory, tls
         self._chunk_bytes, self._max_call_bytes = chunk_bytes, max_call_bytes
-        self._endpoints: dict[str, Endpoint] = {}
-        self._resolved_at = -_RESOLVE_INTERVAL_S
-        self._resolving = asyncio.Lock()
-        self._next = 0
+        self._replicas = Replicas(stage, addresses, self._connect)
 
     async def close(self) -> None:
         """Closes the channels; calls under way are cancelled."""
-        endpoints, self._endpoints = list(self._endpoints.values()), {}
-        await asyncio.gather(*(endpoint.channel.close(None) for endpoint in endpoints))
+        await self._replicas.close()
 
     async def endpoints(self) -> list[Endpoint]:
         """Every address of the stage at present."""
-        async with self._resolving:
-            if time.monotonic() - self._resolved_at >= _RESOLVE_INTERVAL_S:
-                await self._resolve()
-                self._resolved_at = time.monotonic()
-        return list(self._endpoints.values())
+        return await self._replicas.known()
+
+    async def revisions(self) -> set[str]:
+        """Of what the replicas compute at present; usually one, empty while none has said."""
+        return await self._replicas.revisions()
+
+    def _connect(self, address: str, host: str) -> grpc.aio.Channel:
+        return open_channel(address, self._tls, host)
 
     @asynccontextmanager
     async def call(self, budget: Budget, *, generation: str = "", attempt: int = 1) -> AsyncIterator[StageCall[Stub]]:
-        """One call on the address with the least work.
+        """One call on the replica with the most free slots.
 
         Raises what the stage raised; an address that does not answer is NotReady.
         """
-        endpoint = self._choose(await self.endpoints())
-        # counted from here on, so that the calls that come while this one agrees choose another address
-        endpoint.calls += 1
+        endpoint = await self._replicas.take()
         sharing: Sharing | None = None
+        result = "failed"
         try:
             sharing = await self._agree(endpoint, budget)
             with telemetry.span(
@@ -272,16 +291,20 @@ class StageClient(Generic[Stub]):
             ):
                 async with self._stage_call(endpoint, sharing, budget, generation) as call:
                     yield call
+            result = "succeeded"
         except grpc.aio.AioRpcError as error:
             known = from_rpc_error(error, stage=self.stage)
             if isinstance(known, NotReady):
-                endpoint.failed()
+                result = "not_ready"
+                self._avoid(endpoint, known)
             raise known from error
         except NotReady as error:
-            if error.reason in (LOST, _ENDED):
-                endpoint.failed()
+            result = "not_ready"
+            if error.reason in (LOST, LOST_AT_WORK, _ENDED):
+                self._avoid(endpoint, error)
             raise
         finally:
+            telemetry.ATTEMPTS.add(stage=self.stage, result=result)
             endpoint.calls -= 1
             if sharing is not None:
                 sharing.ended()
@@ -295,39 +318,22 @@ class StageClient(Generic[Stub]):
             metadata.append((telemetry.METADATA_SHARED_MEMORY, endpoint.session))
         stub = self._stub(TensorChannel(endpoint.channel))
         call = StageCall(
-            self.stage, stub, metadata, budget.remaining_s, sharing, self._chunk_bytes, self._max_call_bytes
+            self.stage, stub, metadata, budget.remaining_s, endpoint, sharing, self._chunk_bytes, self._max_call_bytes
         )
         try:
             yield call
         finally:
             call.cancel()
 
-    def _choose(self, endpoints: list[Endpoint]) -> Endpoint:
-        """The least busy that has not just failed; in turn among equals."""
-        if not endpoints:
-            raise NotReady(f"the {self.stage} stage has no address at present", stage=self.stage)
-        now = time.monotonic()
-        self._next += 1
-        turned = endpoints[self._next % len(endpoints) :] + endpoints[: self._next % len(endpoints)]
-        return min(turned, key=lambda endpoint: (endpoint.rests_until > now, endpoint.calls))
-
-    async def _resolve(self) -> None:
-        """Brings the endpoints up to date with what the addresses mean now; channels that stay are kept."""
-        found: set[str] = set()
-        for address in self._addresses:
-            host, _, port = address.rpartition(":")
-            try:
-                rows = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            except OSError:
-                found |= {known for known in self._endpoints if known.endswith(f":{port}")}
-                continue
-            ipv4 = [row for row in rows if row[0] == socket.AF_INET]
-            found |= {_join(str(row[4][0]), port) for row in ipv4 or rows}
-        for address in found - self._endpoints.keys():
-            self._endpoints[address] = Endpoint(address, open_channel(address))
-        for address in self._endpoints.keys() - found:
-            if self._endpoints[address].calls == 0:
-                await self._endpoints.pop(address).channel.close(None)
+    def _avoid(self, endpoint: Endpoint, error: NotReady) -> None:
+        """Has others tried first for a while: one of them at once, if there is one that may take the call."""
+        if error.reason in (LOST, LOST_AT_WORK, _ENDED, NotReady.default_reason):
+            endpoint.failed()
+        else:
+            # it has answered: it loads, drains or has enough to do
+            endpoint.rest()
+        if self._replicas.has_other(endpoint):
+            error.retry_after_s = 0.0
 
     async def _agree(self, endpoint: Endpoint, budget: Budget) -> Sharing | None:
         """Shared memory with the process at an address; None where there is none to share."""
@@ -361,17 +367,24 @@ class StageClient(Generic[Stub]):
         return True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class StageCall(Generic[Stub]):
-    """What one call needs: the stub, and how tensors go there and come back."""
+    """What one call needs: the stub, and how tensors go there and come back.
+
+    Attributes:
+        revision: of what the stage computes, once the call has been let in.
+    """
 
     stage: str
     stub: Stub
     metadata: list[tuple[str, str]]
     timeout_s: float
+    endpoint: Endpoint
     sharing: Sharing | None
     chunk_bytes: int
     max_call_bytes: int
+    revision: str = ""
+    _begun: bool = False
     _calls: list[Any] = field(default_factory=list)
 
     async def stream(
@@ -404,7 +417,12 @@ class StageCall(Generic[Stub]):
         self._calls.append(call)
         ending = _Ending(call)
         try:
-            async for item in receive(call, max_bytes=self.max_call_bytes, shared=self.sharing):
+            edge = Edge(self.stage, "received")
+            async for item in receive(edge.receiving(call), max_bytes=self.max_call_bytes, shared=self.sharing):
+                if not self._begun:
+                    await self._take_greeting(call)
+                if isinstance(item, WireTensor):
+                    edge.passed(item)
                 yield item
         except InvalidRequest as error:
             # what a stage sends is not the caller's doing
@@ -415,6 +433,8 @@ class StageCall(Generic[Stub]):
                 # nobody here took it back: a stage, or something on the way to it, that is going away
                 text = f"the {self.stage} stage ended the call: {actual.details()}"
                 raise NotReady(text, reason=_ENDED, stage=self.stage) from None
+            if actual.code() is grpc.StatusCode.UNAVAILABLE and await self._is_lost(call, actual):
+                raise NotReady(str(actual.details()), reason=LOST_AT_WORK, stage=self.stage) from None
             if actual.code() is not grpc.StatusCode.OK:
                 raise actual from None
         except asyncio.CancelledError:
@@ -424,6 +444,18 @@ class StageCall(Generic[Stub]):
             raise
         finally:
             call.cancel()
+
+    async def _take_greeting(self, call: Any) -> None:
+        """Hears what came before the answers: that the call was let in, by what, and how busy the stage is."""
+        self._begun = True
+        if self.endpoint.greeted(await call.initial_metadata() or ()):
+            self.revision = self.endpoint.revision
+
+    async def _is_lost(self, call: Any, error: grpc.aio.AioRpcError) -> bool:
+        """Whether the stage went away while it worked on the call, rather than said that it cannot."""
+        if not self.revision:
+            await self._take_greeting(call)
+        return bool(self.revision) and rpc_status.from_call(error) is None  # type: ignore[arg-type]  # reads both kinds
 
     def cancel(self) -> None:
         """Takes back what is still under way."""
@@ -438,12 +470,14 @@ class StageCall(Generic[Stub]):
         failures: list[Exception],
     ) -> None:
         try:
+            edge = Edge(self.stage, "sent")
             listening = await _written(call, [parameters])
             async for tensor in _as_they_come(tensors):
                 if not listening:
                     return
                 messages = send_tensors(type(parameters), [tensor], chunk_bytes=self.chunk_bytes, shared=self.sharing)
-                listening = await _written(call, messages)
+                listening = await _written(call, edge.sending(messages))
+                edge.passed(tensor)
             if listening:
                 with suppress(*_ENDED_BY_STAGE):
                     await call.done_writing()
@@ -514,20 +548,3 @@ async def _as_they_come(tensors: Iterable[WireTensor] | AsyncIterable[WireTensor
     else:
         for tensor in tensors:
             yield tensor
-
-
-async def stage_status(endpoint: Endpoint, timeout_s: float = 2.0) -> stage_pb2.GetStatusResponse:
-    """What the stage at an address says of itself.
-
-    Raises:
-        NotReady: it does not answer.
-    """
-    stub: Any = stage_pb2_grpc.StageServiceStub(endpoint.channel)
-    try:
-        return await stub.GetStatus(stage_pb2.GetStatusRequest(), timeout=timeout_s)
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
-
-
-def _join(host: str, port: str) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bunraku.errors import BunrakuError, NotReady, OutOfMemory, StageBroken
+from runtime.memory import release_cached_memory
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +170,8 @@ class GpuThread:
             result = job.context.run(self._guarded, job)
         except BaseException as error:
             _free_locals(error)
+            if isinstance(error, OutOfMemory):
+                release_cached_memory()
             job.future.set_exception(error)
         else:
             job.future.set_result(result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ def device_memory(device: str) -> MemoryUse:
 
     free, total = torch.cuda.mem_get_info(device)
     return MemoryUse(total, free, torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device))
+
+
+def release_cached_memory() -> None:
+    """Gives back memory that no tensor uses any more: what is left of work that failed must not make the next fail."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def device_name(device: str) -> str:

@@ -23,6 +23,7 @@ from grpc_status import rpc_status
 from opentelemetry.trace import SpanKind
 
 from bunraku.errors import BunrakuError, NotThereYet, StageBroken, to_status
+from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime import telemetry
 from runtime.stage import StageRuntime, StageServicer, State
@@ -43,14 +44,20 @@ Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
 # What may be on its way before the receiver has read it: left to its own estimate gRPC lets it grow, and with it the
 # receiver's memory (docs/decisions/0003-tensor-stream.md)
 FLOW_CONTROL = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024))
-# The client pings every 30 s (runtime.client); a server that allowed less would answer "too_many_pings"
+# How long the other side may take to answer a ping. It is the second of the two that ends a connection: the first is
+# what the documentation names, and does nothing where the second is longer (60 s unless set)
+PING_TIMEOUT = (("grpc.keepalive_timeout_ms", 8_000), ("grpc.http2.ping_timeout_ms", 8_000))
+# The client pings every 10 s (runtime.client); a server that allowed less would answer "too_many_pings"
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     *FLOW_CONTROL,
     ("grpc.so_reuseport", 0),
+    # a caller that is frozen or cut off does not keep the device: its calls end after this and PING_TIMEOUT together
+    ("grpc.keepalive_time_ms", 5_000),
+    *PING_TIMEOUT,
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
 
@@ -75,11 +82,17 @@ class ServerSettings:
         address: `host:port` to listen on; port 0 takes a free one.
         grace_s: seconds that work in flight has after SIGTERM.
         otlp_endpoint: of an OpenTelemetry collector; empty: no traces.
+        tls: with a certificate calls must come over TLS; with a CA, from clients that have a certificate of it.
+        health_address: `host:port` where grpc.health.v1 alone is served without TLS; empty: nowhere.
+        metrics_address: `host:port` where Prometheus finds the metrics over HTTP; empty: nowhere.
     """
 
     address: str = "127.0.0.1:0"
     grace_s: float = 30.0
     otlp_endpoint: str = ""
+    tls: TlsFiles = NO_TLS
+    health_address: str = ""
+    metrics_address: str = ""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
@@ -199,9 +212,47 @@ async def traced(method: str, context: Context) -> AsyncIterator[None]:
         yield
 
 
+@contextmanager
+def _counted(stage: str, rpc: str) -> Iterator[None]:
+    """Counts a call under the status that it ends with."""
+    status = "OK"
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit):
+        status = "CANCELLED"
+        raise
+    except BaseException as error:
+        status = as_bunraku_error(error).status.name
+        raise
+    finally:
+        telemetry.CALLS.add(stage=stage, rpc=rpc, status=status)
+
+
 def build_server(*around: Around) -> grpc.aio.Server:
     """A server whose rpcs run inside `around`, outermost first; errors are translated and calls are traced."""
     return grpc.aio.server(interceptors=[CallInterceptor(translated, traced, *around)], options=SERVER_OPTIONS)
+
+
+def listen(server: grpc.aio.Server, address: str, tls: TlsFiles) -> int:
+    """Takes an address, `host:port`, for a server that has not started; gives the port.
+
+    Raises:
+        OSError: the address is taken, or a certificate cannot be used.
+    """
+    try:
+        if tls:
+            return server.add_secure_port(address, tls.server_credentials())
+        return server.add_insecure_port(address)
+    except (RuntimeError, ValueError) as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+
+
+def health_server(servicer: Any, address: str) -> grpc.aio.Server:
+    """A server of grpc.health.v1 alone, without TLS: the probes of Kubernetes know no certificates. Not started yet."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    listen(server, address, NO_TLS)
+    return server
 
 
 class StageServer:
@@ -216,6 +267,7 @@ class StageServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [service.full_name, stage_pb2.DESCRIPTOR.services_by_name["StageService"].full_name]
         reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server)
+        self._probed: grpc.aio.Server | None = None
         self.port = 0
 
     @asynccontextmanager
@@ -224,17 +276,23 @@ class StageServer:
         if not method.startswith(f"/{self._service.full_name}/"):
             yield
             return
-        async with self._runtime.admitted(method.rpartition("/")[2], context), self._runtime.lending(context):
-            yield
+        stage, rpc = self._runtime.stage, method.rpartition("/")[2]
+        with _counted(stage, rpc):
+            async with self._runtime.admitted(rpc, context), self._runtime.lending(context):
+                # the caller learns that work has begun: should this process die now, it died of this call or beside it
+                with caller_may_be_gone():
+                    await context.send_initial_metadata(self._runtime.greeting())
+                with telemetry.CALL_SECONDS.time(stage=stage, rpc=rpc):
+                    yield
 
-    async def start(self, address: str) -> None:
-        """Listens. Raises OSError when the address is taken."""
-        try:
-            self.port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from error
+    async def start(self, address: str, tls: TlsFiles = NO_TLS, health_address: str = "") -> None:
+        """Listens; see `ServerSettings`. Raises OSError when an address is taken or a certificate is of no use."""
+        self.port = listen(self._server, address, tls)
         await self._health.set("", _SERVING)
         await self._health.set(self._service.full_name, _NOT_SERVING)
+        if health_address:
+            self._probed = health_server(self._health, health_address)
+            await self._probed.start()
         await self._server.start()
 
     async def load(self) -> None:
@@ -242,7 +300,10 @@ class StageServer:
         self._runtime.set_state(State.STAGE_STATE_LOADING, f"loading {self._runtime.bundle.name}")
         begun = time.monotonic()
         await self._runtime.gpu.run(self._service.load)
-        _log.info("%s: loaded in %.1f s", self._runtime.stage, time.monotonic() - begun)
+        await asyncio.to_thread(self._runtime.identify)
+        took_s = time.monotonic() - begun
+        telemetry.LOAD_SECONDS.put(took_s, stage=self._runtime.stage)
+        _log.info("%s: loaded in %.1f s", self._runtime.stage, took_s)
         self._runtime.set_state(State.STAGE_STATE_SERVING)
         await self._health.set(self._service.full_name, _SERVING)
 
@@ -252,6 +313,8 @@ class StageServer:
             self._runtime.set_state(State.STAGE_STATE_DRAINING)
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        if self._probed is not None:
+            await self._probed.stop(None)
         # calls that were ended at the end of the grace period let go of the device first
         await asyncio.to_thread(self._runtime.gpu.shutdown, _END_OF_WORK_S)
         await self._runtime.idle(_END_OF_WORK_S)
@@ -269,17 +332,21 @@ async def run(service: Service, runtime: StageRuntime, settings: ServerSettings)
     provider = telemetry.configure(runtime.stage, settings.otlp_endpoint)
     stop = stop_signal()
     server = StageServer(service, runtime)
-    await server.start(settings.address)
-    _log.info("%s: listening on port %d", runtime.stage, server.port)
-    loading = asyncio.create_task(server.load())
-    status = 0
-    try:
-        status = await _until_ended(loading, stop, runtime)
-    finally:
-        loading.cancel()
-        await server.drain(settings.grace_s if status == 0 else 1.0)
-        if provider is not None:
-            provider.shutdown()
+    watching = asyncio.create_task(telemetry.watch_event_loop())
+    runtime.publish_levels()
+    with telemetry.metrics_endpoint(settings.metrics_address):
+        await server.start(settings.address, settings.tls, settings.health_address)
+        _log.info("%s: listening on port %d", runtime.stage, server.port)
+        loading = asyncio.create_task(server.load())
+        status = 0
+        try:
+            status = await _until_ended(loading, stop, runtime)
+        finally:
+            loading.cancel()
+            await server.drain(settings.grace_s if status == 0 else 1.0)
+            watching.cancel()
+            if provider is not None:
+                provider.shutdown()
     return status
 
 

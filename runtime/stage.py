@@ -7,11 +7,13 @@ A service holds one `StageRuntime` and uses it to receive and send tensors and t
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -20,11 +22,13 @@ from google.protobuf.message import Message
 
 from bunraku.errors import NotReady, StageBroken
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
+from runtime import telemetry
 from runtime.bundles import Bundle
+from runtime.fingerprint import fingerprint
 from runtime.gpu import GpuThread
 from runtime.memory import MemoryUse, device_memory, device_name, host_memory
 from runtime.shared_memory import LOST, SharedMemory, Sharing, boot_id
-from runtime.telemetry import METADATA_GENERATION, METADATA_SHARED_MEMORY
+from runtime.telemetry import METADATA_GENERATION, METADATA_LOAD, METADATA_REVISION, METADATA_SHARED_MEMORY
 from runtime.tensors import CHUNK_BYTES, MAX_CALL_BYTES, TensorData, WireTensor, receive, receive_call, send_tensors
 
 M = TypeVar("M", bound=Message)
@@ -78,6 +82,10 @@ class StageRuntime:
         limits: bounds.
         shared_memory: for handing tensors over on this host; None: only bytes.
         memory_mode: how weights are placed.
+
+    Attributes:
+        decisive: settings of a service that change what it computes, by name; to be filled while it loads.
+        revision: of what the stage computes from the same inputs; empty until it has loaded.
     """
 
     def __init__(
@@ -95,6 +103,9 @@ class StageRuntime:
         self.memory_mode = memory_mode
         self.gpu = GpuThread(f"{stage}-gpu", on_fault=self._on_fault)
         self.components: list[LoadedComponent] = []
+        self.decisive: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.revision = ""
         self.attention_backend = ""
         self.state: State.ValueType = State.STAGE_STATE_LOADING
         self.state_detail = "starting"
@@ -116,6 +127,29 @@ class StageRuntime:
     def set_state(self, state: State.ValueType, detail: str = "") -> None:
         self.state, self.state_detail = state, detail
 
+    def identify(self) -> None:
+        """Works out what tells this stage from one that would compute something else; called when it has loaded.
+
+        Reads samples of the components' files, so it must not run on the event loop.
+        """
+        known = self.bundle.components
+        self.fingerprints = {c.name: fingerprint(known[c.name]) for c in self.components if c.name in known}
+        decisive = (
+            self.stage,
+            self.bundle.name,
+            self.bundle.revision,
+            [(c.name, c.sha256, c.dtype, self.fingerprints.get(c.name, "")) for c in self.components],
+            self.attention_backend,
+            sorted(self.decisive.items()),
+            program_version(),
+        )
+        self.revision = hashlib.sha256(repr(decisive).encode()).hexdigest()[:32]
+
+    def greeting(self) -> tuple[tuple[str, str], ...]:
+        """Initial metadata of every answer: what computes it, and how busy the stage is."""
+        load = f"{len(self._work)}/{self._queued}/{self.limits.max_concurrent}"
+        return ((METADATA_REVISION, self.revision), (METADATA_LOAD, load))
+
     @asynccontextmanager
     async def admitted(self, rpc: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
         """Lets a call begin when it is its turn.
@@ -133,7 +167,9 @@ class StageRuntime:
             )
         self._queued += 1
         try:
-            await self._slots.acquire()
+            waiting = telemetry.span(telemetry.SPAN_ADMISSION) if self._slots.locked() else nullcontext()
+            with telemetry.ADMISSION_SECONDS.time(stage=self.stage), waiting:
+                await self._slots.acquire()
         finally:
             self._queued -= 1
         work = _Work(rpc, _metadata(context).get(METADATA_GENERATION, ""))
@@ -204,7 +240,12 @@ class StageRuntime:
             bundle_revision=self.bundle.revision,
             components=[
                 stage_pb2.Component(
-                    name=c.name, sha256=c.sha256, parameters=c.parameters, size_bytes=c.size_bytes, dtype=c.dtype
+                    name=c.name,
+                    sha256=c.sha256,
+                    parameters=c.parameters,
+                    size_bytes=c.size_bytes,
+                    dtype=c.dtype,
+                    fingerprint=self.fingerprints.get(c.name, ""),
                 )
                 for c in self.components
             ],
@@ -217,12 +258,30 @@ class StageRuntime:
             max_queued_requests=self.limits.max_queued,
             attention_backend=self.attention_backend,
             version=program_version(),
+            revision=self.revision,
+            max_concurrent_requests=self.limits.max_concurrent,
         )
         response.start_time.FromDatetime(self._start)
         for work in list(self._work):
             entry = response.work.add(rpc=work.rpc, generation=work.generation)
             entry.elapsed.FromNanoseconds(int((now - work.begun) * 1e9))
         return response
+
+    def publish_levels(self) -> None:
+        """Lets the metrics tell what this stage is like at the moment; they ask on a thread of their own."""
+        stage = self.stage
+        telemetry.CALLS_WAITING.follow(lambda: self._queued, stage=stage)
+        telemetry.CALLS_IN_WORK.follow(lambda: len(self._work), stage=stage)
+        telemetry.CALL_SLOTS.put(self.limits.max_concurrent, stage=stage)
+        for state in State.values()[1:]:
+            name = State.Name(state).removeprefix("STAGE_STATE_").lower()
+            telemetry.STAGE_STATE.follow(partial(self._is_in, state), stage=stage, state=name)
+        for memory, read in (("vram", lambda: device_memory(self.device)), ("ram", host_memory)):
+            for kind in ("total", "free", "used", "peak"):
+                telemetry.MEMORY_BYTES.follow(partial(_bytes, read, kind), stage=stage, memory=memory, kind=kind)
+
+    def _is_in(self, state: State.ValueType) -> bool:
+        return self.state == state
 
     async def idle(self, timeout_s: float) -> None:
         """Waits until nothing is worked on, at most so long."""
@@ -301,6 +360,10 @@ def program_version() -> str:
 
 def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _bytes(read: Callable[[], MemoryUse], kind: str) -> float:
+    return float(getattr(read(), f"{kind}_bytes"))
 
 
 def _memory(use: MemoryUse) -> stage_pb2.Memory:

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import nn
 
+from bunraku.errors import StageBroken
 from runtime.bundles import BundleComponent
 from runtime.stage import LoadedComponent
 
@@ -15,6 +16,17 @@ from runtime.stage import LoadedComponent
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, most of which are slower in bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, after checking that it holds numbers: what comes after would only spread what is none.
+
+    Raises:
+        StageBroken: it holds NaN or infinity. The next request may well be served.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise StageBroken(f"{name} are not finite", reason=f"{name.upper()}_NOT_FINITE")
+    return tensor
 
 
 def loaded_component(component: BundleComponent, module: nn.Module) -> LoadedComponent:

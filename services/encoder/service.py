@@ -16,7 +16,7 @@ from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
 from runtime.stage import StageRuntime
 from runtime.tensors import UINT8, require
-from runtime.torch_stage import compute_dtype, loaded_component
+from runtime.torch_stage import compute_dtype, loaded_component, require_finite
 from runtime.torch_tensors import from_torch, to_torch
 from services.encoder import image, text
 from services.encoder.image import ImageEncoder, Preprocessing
@@ -92,7 +92,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     def _encoded_texts(self, prompts: list[str]) -> EncodedPrompts:
         encoded = self._text.encode(prompts)
-        return replace(encoded, prompt_embeds=encoded.prompt_embeds.to("cpu"))
+        return replace(encoded, prompt_embeds=require_finite("prompt_embeds", encoded.prompt_embeds.to("cpu")))
 
     async def EncodeImage(self, requests: AsyncIterator[pb.EncodeImageRequest], context: Context) -> AsyncIterator[Any]:
         first, tensors = await self._runtime.receive_call(requests, context, ["image"])
@@ -107,7 +107,9 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         checks.done()
         encoder = self._image[_RESIZE.get(resize, _RESIZE_OF_BUNDLE[self._bundle.quirks.image_resize])]
         embeds = await self._runtime.gpu.run(
-            lambda: encoder.encode([to_torch(picture).to(self._runtime.device)]).to("cpu")
+            lambda: require_finite(
+                "image_embeds", encoder.encode([to_torch(picture).to(self._runtime.device)]).to("cpu")
+            )
         )
         for message in self._runtime.send(pb.EncodeImageResponse, [from_torch("image_embeds", embeds)], context):
             yield message

@@ -18,7 +18,7 @@ from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT16, FLOATS, UINT8, WireTensor, require
-from runtime.torch_stage import loaded_component
+from runtime.torch_stage import loaded_component, require_finite
 from runtime.torch_tensors import from_torch, to_torch
 from services.vae.color import match_colors
 from services.vae.model import PRESETS, Past, Vae, VaeConfig, from_uint8, to_uint8
@@ -97,6 +97,7 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
             return
         for decoded in self._vae.decode_stream(torch.split(clip, 1, dim=2)):
             raise_if_cancelled()
+            require_finite("frames", decoded)  # as bytes they would look like any others
             kept = decoded[:, :, min(skip, decoded.shape[2]) :]
             skip -= decoded.shape[2] - kept.shape[2]
             if kept.shape[2]:
@@ -182,7 +183,8 @@ class _ClipEncoder:
                 if levels.is_floating_point() and not bool(((levels >= 0) & (levels <= 255)).all()):
                     raise InvalidRequest(("frames", "must be levels 0 to 255"))
                 group = from_uint8(levels)
-                latents.append(self._vae.encode_group(group, self._past).to("cpu"))
+                encoded = self._vae.encode_group(group, self._past).to("cpu")
+                latents.append(require_finite("latents", encoded))
                 self._group.clear()
         return latents
 

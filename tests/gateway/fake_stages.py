@@ -19,10 +19,13 @@ from bunraku.v1 import (
     encoder_pb2_grpc,
     pose_pb2,
     pose_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
     vae_pb2,
     vae_pb2_grpc,
 )
 from runtime.server import build_server
+from runtime.telemetry import METADATA_LOAD, METADATA_REVISION
 from runtime.tensors import WireTensor, receive, receive_call, send_tensors
 
 STAGES = ("encoder", "pose", "denoiser", "vae")
@@ -44,15 +47,17 @@ class FakeStages(
     Attributes:
         num_frames: frames that a pose video has.
         calls: parameters of every call, by rpc.
-        fail_next: errors that the next calls of an rpc raise, one each.
-        pause: rpcs that wait for `resume` before they answer.
+        fail_next: errors that the next calls of an rpc raise, one each; None: that one passes.
+        pause: rpcs that wait for `resume` before they answer; `pose frames`: before the frames.
+        revision: of what they compute, told with every answer; empty: nothing of theirs can be kept.
     """
 
-    def __init__(self, num_frames: int = 9) -> None:
+    def __init__(self, num_frames: int = 9, revision: str = "") -> None:
+        self.revision = revision
         self.num_frames = num_frames
         self.calls: dict[str, list[Any]] = defaultdict(list)
         self.tensors: dict[str, list[dict[str, WireTensor]]] = defaultdict(list)
-        self.fail_next: dict[str, list[BunrakuError]] = defaultdict(list)
+        self.fail_next: dict[str, list[BunrakuError | None]] = defaultdict(list)
         self.pause: set[str] = set()
         self.resume = asyncio.Event()
         self.running: dict[str, int] = defaultdict(int)
@@ -64,13 +69,18 @@ class FakeStages(
         self.running[rpc] += 1
         self.most_running["any"] = max(self.most_running["any"], sum(self.running.values()))
         try:
-            if self.fail_next[rpc]:
-                raise self.fail_next[rpc].pop(0)
+            if self.fail_next[rpc] and (failure := self.fail_next[rpc].pop(0)):
+                raise failure
             if rpc in self.pause:
                 await self.resume.wait()
+            if rpc != "Denoise":
+                await self.compute(rpc)
             yield
         finally:
             self.running[rpc] -= 1
+
+    async def compute(self, rpc: str) -> None:
+        """What an answer, or a step of the denoiser, costs: nothing here."""
 
     async def EncodeText(self, request: encoder_pb2.EncodeTextRequest, context: Context) -> AsyncIterator[Any]:
         async with self.call("EncodeText", request):
@@ -90,7 +100,11 @@ class FakeStages(
         first, _ = await receive_call(requests, ["video"])
         p = first.parameters
         async with self.call("FitPoseVideo", p):
-            for message in self._pose_messages(pose_pb2.FitPoseVideoResponse, p):
+            messages = self._pose_messages(pose_pb2.FitPoseVideoResponse, p)
+            yield next(messages)
+            if "pose frames" in self.pause:
+                await self.resume.wait()
+            for message in messages:
                 yield message
 
     async def ExtractPose(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
@@ -135,14 +149,15 @@ class FakeStages(
                 plan=denoiser_pb2.DenoisePlan(num_inference_steps=p.num_inference_steps, completed_steps=begun)
             )
             for step in range(begun + 1, p.num_inference_steps + 1):
+                await self.compute("Denoise")
                 yield response(step=denoiser_pb2.DenoiseStep(completed_steps=step))
                 if p.checkpoint_every_steps and step % p.checkpoint_every_steps == 0:
                     checkpoint = denoiser_pb2.Checkpoint(completed_steps=step, run_digest="d", tensors=["latents"])
                     yield response(checkpoint=checkpoint)
                     for message in send_tensors(response, [zeros("checkpoint.latents", 1, 2)]):
                         yield message
-                if self.fail_next["after a step"]:
-                    raise self.fail_next["after a step"].pop(0)
+                if self.fail_next["after a step"] and (failure := self.fail_next["after a step"].pop(0)):
+                    raise failure
             latents = zeros("latents", 1, 16, (p.num_frames - 1) // 4 + 1, p.height // 8, p.width // 8)
             for message in send_tensors(response, [latents]):
                 yield message
@@ -158,15 +173,37 @@ class FakeStages(
                 frames = np.stack([np.full((h * 8, w * 8, 3), n, np.uint8) for n in numbers[start : start + 4]])
                 for message in send_tensors(vae_pb2.DecodeResponse, [WireTensor.from_numpy("frames", frames)]):
                     yield message
-                if self.fail_next["after frames"]:
-                    raise self.fail_next["after frames"].pop(0)
+                if self.fail_next["after frames"] and (failure := self.fail_next["after frames"].pop(0)):
+                    raise failure
+
+
+class FakeStatus(stage_pb2_grpc.StageServiceServicer):
+    """Tells what the fake's answers tell too."""
+
+    def __init__(self, fake: FakeStages) -> None:
+        self._fake = fake
+
+    async def GetStatus(self, request: stage_pb2.GetStatusRequest, context: Context) -> stage_pb2.GetStatusResponse:
+        return stage_pb2.GetStatusResponse(
+            state=stage_pb2.StageState.STAGE_STATE_SERVING, revision=self._fake.revision, max_concurrent_requests=100
+        )
 
 
 @asynccontextmanager
 async def serving(fake: FakeStages, port: int = 0) -> AsyncIterator[Mapping[str, Sequence[str]]]:
     """Serves the fake; gives the address of every stage, which is the same."""
+
+    @asynccontextmanager
+    async def greeted(method: str, context: Context) -> AsyncIterator[None]:
+        if fake.revision:
+            load = f"{sum(fake.running.values())}/0/100"
+            await context.send_initial_metadata(((METADATA_REVISION, fake.revision), (METADATA_LOAD, load)))
+        yield
+
     async with AsyncExitStack() as stack:
-        server = build_server()
+        server = build_server(greeted)
+        if fake.revision:
+            stage_pb2_grpc.add_StageServiceServicer_to_server(FakeStatus(fake), server)  # type: ignore[abstract]  # no shared memory
         encoder_pb2_grpc.add_EncoderServiceServicer_to_server(fake, server)
         pose_pb2_grpc.add_PoseServiceServicer_to_server(fake, server)
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(fake, server)

@@ -6,15 +6,28 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from bunraku.errors import DeadlineExceeded, NotReady, OutOfMemory, StageBroken
+from bunraku.errors import (
+    BunrakuError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotReady,
+    OutOfMemory,
+    StageBroken,
+    WrongState,
+)
 from bunraku.v1 import denoiser_pb2
+from gateway.blobs import DirectoryBlobs
+from gateway.outputs import JobOutputs, OutputStore
 from gateway.pipelines.animate import Animation, Motion, animate
-from gateway.stages import Driving, Stages, Work, connect
+from gateway.stages import Conditioning, Driving, Stages, Work, connect, denoise_recipe
+from runtime import replicas
 from runtime.client import Budget, Retry
 from runtime.server import as_bunraku_error
 from tests.gateway.fake_stages import FakeStages, serving
@@ -52,6 +65,7 @@ class Tape:
     def __init__(self) -> None:
         self.frames: list[Frames] = []
         self.motion: Motion | None = None
+        self.ended = 0
 
     def open(self, motion: Motion) -> Tape:
         self.motion = motion
@@ -59,6 +73,15 @@ class Tape:
 
     async def add(self, frames: Frames) -> None:
         self.frames += [frame.copy() for frame in frames]
+
+    async def end_segment(self) -> bytes:
+        """The frames of the window, as numbers."""
+        first, self.ended = self.ended, len(self.frames)
+        return bytes(int(frame[0, 0, 0]) for frame in self.frames[first:])
+
+    async def restore(self, segment: bytes) -> None:
+        self.frames += [np.full((64, 32, 3), number, np.uint8) for number in segment]
+        self.ended = len(self.frames)
 
 
 ANIMATION = Animation(
@@ -80,7 +103,7 @@ ANIMATION = Animation(
 
 @pytest.fixture
 def fake() -> FakeStages:
-    return FakeStages()  # type: ignore[abstract]  # the rpcs that are not there yet
+    return FakeStages(revision="r1")  # type: ignore[abstract]  # the rpcs that are not there yet
 
 
 @pytest.fixture
@@ -91,9 +114,12 @@ async def stages(fake: FakeStages) -> AsyncIterator[Stages]:
         await connected.close()
 
 
-async def run(stages: Stages, animation: Animation = ANIMATION, seconds: float = 20) -> tuple[Tape, Told]:
+async def run(
+    stages: Stages, animation: Animation = ANIMATION, seconds: float = 20, outputs: JobOutputs | None = None
+) -> tuple[Tape, Told]:
     tape, told = Tape(), Told()
-    await animate(animation, stages, Work("generations/1", Budget.of(seconds), told, AT_ONCE), tape.open)
+    work = Work("generations/1", Budget.of(seconds), told, AT_ONCE, outputs=outputs)
+    await animate(animation, stages, work, tape.open)
     return tape, told
 
 
@@ -173,6 +199,19 @@ async def test_independent_branches_run_at_the_same_time(fake: FakeStages, stage
     assert fake.most_running["any"] >= 4
 
 
+async def test_the_vae_is_not_called_before_there_is_a_pose_frame(fake: FakeStages, stages: Stages) -> None:
+    fake.pause = {"pose frames"}
+    running = asyncio.create_task(run(stages))
+    async with asyncio.timeout(10):
+        while not (fake.running["FitPoseVideo"] and fake.calls["Encode"]):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert [(p.height, p.width) for p in fake.calls["Encode"]] == [(64, 32)]  # the reference
+        fake.resume.set()
+        await running
+    assert [(p.height, p.width) for p in fake.calls["Encode"]] == [(64, 32), (32, 16)]
+
+
 async def test_a_denoiser_that_dies_goes_on_from_its_last_checkpoint(fake: FakeStages, stages: Stages) -> None:
     fake.fail_next["after a step"] = [GONE, GONE]
     sampling = denoiser_pb2.DenoiseParameters(num_inference_steps=4, guidance_scale=2, checkpoint_every_steps=1)
@@ -217,3 +256,237 @@ async def test_the_deadline_ends_it_and_frees_the_stages(fake: FakeStages, stage
     async with asyncio.timeout(5):
         while fake.running["Denoise"]:
             await asyncio.sleep(0.01)
+
+
+# What was made before
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> OutputStore:
+    return OutputStore(DirectoryBlobs(tmp_path))
+
+
+def job(store: OutputStore, number: int = 1, caller: str = "anna", claim: str = "c1") -> JobOutputs:
+    return store.of_job(f"{number:032x}", caller=caller, claim=claim)
+
+
+def counts(fake: FakeStages) -> dict[str, int]:
+    return {rpc: len(calls) for rpc, calls in fake.calls.items() if calls}
+
+
+async def test_the_same_again_runs_the_denoiser_and_what_comes_after_only(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    await run(stages, outputs=job(store, 1))
+    first = fake.tensors["Denoise"][0]
+    fake.calls.clear()
+    await run(stages, outputs=job(store, 2))
+    assert counts(fake) == {"Denoise": 1, "Decode": 1}
+    again = fake.tensors["Denoise"][1]
+    assert {name: tensor.data.tobytes() for name, tensor in first.items()} == {
+        name: tensor.data.tobytes() for name, tensor in again.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "made_again"),
+    [
+        ({"prompt": "another dance"}, {"EncodeText"}),
+        ({"negative_prompt": "noise"}, {"EncodeText"}),
+        ({"reference_image": np.full((64, 32, 3), 8, np.uint8)}, {"EncodeImage", "Encode"}),
+        ({"image_resize": "lanczos"}, {"EncodeImage"}),
+        ({"motion": b"another video"}, {"FitPoseVideo", "Encode"}),
+        ({"max_frames": 5}, {"FitPoseVideo", "Encode"}),
+        ({"window_frames": 13}, {"FitPoseVideo", "Encode"}),
+    ],
+)
+async def test_only_what_depends_on_a_change_is_made_again(
+    fake: FakeStages, stages: Stages, store: OutputStore, change: dict[str, Any], made_again: set[str]
+) -> None:
+    await run(stages, outputs=job(store, 1))
+    fake.calls.clear()
+    await run(stages, replace(ANIMATION, **change), outputs=job(store, 2))
+    assert counts(fake).keys() == {"Denoise", "Decode", *made_again}
+
+
+@pytest.mark.parametrize("change", [{"people": 3}, {"preset": "wan2gp"}, {"mask_video": None}, {"video": b"other"}])
+async def test_every_part_of_a_driving_video_decides_its_poses(
+    fake: FakeStages, stages: Stages, store: OutputStore, change: dict[str, Any]
+) -> None:
+    driving = Driving(b"a dance", people=2, mask_video=b"a mask", preset="official")
+    for number, motion in enumerate((driving, driving, replace(driving, **change))):
+        await run(stages, replace(ANIMATION, motion=motion), outputs=job(store, number))
+    assert len(fake.calls["ExtractPose"]) == 2
+
+
+async def test_poses_of_a_driving_video_are_aligned_to_the_picture_and_found_again_only_with_it(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    animation = replace(ANIMATION, motion=Driving(b"a dance", people=1, mask_video=None, preset="official"))
+    other = replace(animation, reference_image=np.full((64, 32, 3), 8, np.uint8))
+    for number, each in enumerate((animation, other, animation)):
+        await run(stages, each, outputs=job(store, number))
+    assert len(fake.calls["ExtractPose"]) == 2
+
+
+async def test_other_weights_and_other_callers_find_nothing(
+    fake: FakeStages, stages: Stages, store: OutputStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "REVISION_STAYS_S", 0.0)
+    everything = {"EncodeText": 1, "EncodeImage": 1, "FitPoseVideo": 1, "Encode": 2, "Denoise": 1, "Decode": 1}
+    await run(stages, outputs=job(store, 1))
+    for number, (revision, caller) in enumerate((("r1", "bert"), ("r2", "anna")), start=2):
+        fake.revision = revision
+        fake.calls.clear()
+        await run(stages, outputs=job(store, number, caller))
+        assert counts(fake) == everything
+
+
+async def test_several_at_once_make_the_same_once(fake: FakeStages, stages: Stages, store: OutputStore) -> None:
+    await asyncio.gather(*(run(stages, outputs=job(store, number)) for number in range(4)))
+    assert counts(fake) == {
+        "EncodeText": 1,
+        "EncodeImage": 1,
+        "FitPoseVideo": 1,
+        "Encode": 2,
+        "Denoise": 4,
+        "Decode": 4,
+    }
+
+
+async def test_a_generation_that_goes_on_repeats_nothing_that_was_finished(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.num_frames = 41
+    undisturbed, _ = await run(stages, outputs=job(store, 9))
+    fake.fail_next["Decode"] = []
+    fake.calls.clear()
+
+    class Full(Tape):
+        async def add(self, frames: Frames) -> None:
+            if len(self.frames) >= 29:
+                raise StageBroken("the gateway dies in the third window")
+            await super().add(frames)
+
+    work = Work("generations/1", Budget.of(20), Told(), AT_ONCE, outputs=job(store, 1, claim="c1"))
+    with pytest.raises(StageBroken):
+        await animate(ANIMATION, stages, work, Full().open)
+    assert len(fake.calls["Denoise"]) == 3
+    fake.calls.clear()
+    tape, told = await run(stages, outputs=job(store, 1, claim="c2"))
+    # the window whose frames were on their way is decoded again, and that is all
+    assert counts(fake) == {"Decode": 1}
+    assert fake.calls["Decode"][0].skip_frames == 5
+    assert np.array_equal(np.stack(tape.frames), np.stack(undisturbed.frames))
+    assert ("progress", "denoise", 4, 4) in told.events
+    assert [event for event in told.events if event[0] == "partial"] == [
+        ("partial", 17, 41),
+        ("partial", 29, 41),
+        ("partial", 41, 41),
+    ]
+
+
+async def test_windows_after_those_that_were_finished_get_their_history(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.num_frames = 41
+    fake.fail_next["Denoise"] = [None, None, StageBroken("the gateway dies before the third window")]
+    with pytest.raises(StageBroken):
+        await run(stages, outputs=job(store, 1, claim="c1"))
+    fake.calls.clear()
+    fake.tensors.clear()
+    tape, _ = await run(stages, outputs=job(store, 1, claim="c2"))
+    assert counts(fake) == {"Denoise": 1, "Decode": 1}
+    assert [int(frame[0, 0, 0]) for frame in tape.frames[:17]] == list(range(17))
+    assert len(tape.frames) == 41
+    [reference] = [tensors["color_reference"].numpy() for tensors in fake.tensors["Decode"]]
+    assert np.array_equal(reference, tape.frames[24])
+
+
+async def test_the_denoiser_goes_on_from_the_last_checkpoint_of_another_worker(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.fail_next["after a step"] = [*[None] * 2, StageBroken("the gateway dies")]
+    sampling = denoiser_pb2.DenoiseParameters(num_inference_steps=4, guidance_scale=2, checkpoint_every_steps=1)
+    animation = replace(ANIMATION, sampling=sampling)
+    with pytest.raises(StageBroken):
+        await run(stages, animation, outputs=job(store, 1, claim="c1"))
+    await store.close()
+    fake.calls.clear()
+    await run(stages, animation, outputs=job(store, 1, claim="c2"))
+    assert [p.start_from.completed_steps for p in fake.calls["Denoise"]] == [3]
+    assert "checkpoint.latents" in fake.tensors["Denoise"][-1]
+    # another generation begins at the beginning
+    await run(stages, animation, outputs=job(store, 2))
+    assert [p.start_from.completed_steps for p in fake.calls["Denoise"]] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        WrongState("of another run", reason="CHECKPOINT_OF_ANOTHER_RUN"),
+        InvalidRequest(("start_from.completed_steps", "must be")),
+        InvalidRequest(("checkpoint.latents", "is missing")),
+    ],
+)
+async def test_a_checkpoint_that_is_refused_costs_only_itself(
+    fake: FakeStages, stages: Stages, store: OutputStore, refusal: BunrakuError
+) -> None:
+    fake.fail_next["after a step"] = [*[None] * 2, StageBroken("the gateway dies")]
+    with pytest.raises(StageBroken):
+        await run(stages, outputs=job(store, 1))
+    await store.close()
+    fake.fail_next["Denoise"] = [refusal]
+    fake.calls.clear()
+    tape, _ = await run(stages, outputs=job(store, 1, claim="c2"))
+    assert [p.start_from.completed_steps for p in fake.calls["Denoise"]] == [2, 0]
+    assert len(tape.frames) == 9
+
+
+async def test_a_wrong_request_is_not_taken_for_a_wrong_checkpoint(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.fail_next["Denoise"] = [InvalidRequest(("seed", "must be"))]
+    with pytest.raises(InvalidRequest):
+        await run(stages, outputs=job(store))
+    assert len(fake.calls["Denoise"]) == 1
+
+
+async def test_waiting_for_one_that_makes_the_same_ends_with_the_deadline(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.pause = {"EncodeText"}
+    first = asyncio.create_task(run(stages, outputs=job(store, 1)))
+    async with asyncio.timeout(5):
+        while not fake.running["EncodeText"]:
+            await asyncio.sleep(0.001)
+    with pytest.raises(ExceptionGroup) as raised:
+        await run(stages, outputs=job(store, 2), seconds=0.3)
+    assert isinstance(as_bunraku_error(raised.value), DeadlineExceeded)
+    assert fake.running["EncodeText"] == 1
+    fake.resume.set()
+    await first
+
+
+def test_latents_depend_on_all_but_what_is_told_on_the_way() -> None:
+    def digest(digests: dict[str, str] | None = None, **changes: Any) -> str:
+        fields: dict[str, Any] = {"seed": 1, "num_inference_steps": 4, "guidance_scale": 2.0, "shift": 5.0} | changes
+        parameters = denoiser_pb2.DenoiseParameters(**fields)
+        return denoise_recipe(parameters, Conditioning({}, digests or {"text": "1"})).digest("r1")
+
+    checkpoint = denoiser_pb2.Checkpoint(completed_steps=2)
+    assert {
+        digest(),
+        digest(preview_every_steps=1),
+        digest(checkpoint_every_steps=5),
+        digest(start_from=checkpoint),
+    } == {digest()}
+    others = {
+        digest(seed=2),
+        digest(num_inference_steps=5),
+        digest(guidance_scale=3.0),
+        digest(shift=1.0),
+        digest(num_frames=5),
+        digest({"text": "2"}),
+    }
+    assert len(others | {digest()}) == 7

@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from bunraku.errors import BunrakuError, InvalidRequest, NotFound, NotReady, Wro
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.assets import AssetStore, asset_id
 from runtime.media_type import media_type
+from tests.gateway.buckets import S3Server, s3_server
 
 CONTENT = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 5
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -90,7 +92,7 @@ async def test_a_file_is_on_the_disk_before_it_gets_its_name(
 
     def record(descriptor: int) -> None:
         synced.append(os.fstat(descriptor).st_ino)
-        if len(synced) <= 2:
+        if os.fstat(descriptor).st_size == len(CONTENT):
             assert not any(path.name == SHA256 for path in directory.rglob("*"))
 
     monkeypatch.setattr(os, "fsync", record)
@@ -98,7 +100,7 @@ async def test_a_file_is_on_the_disk_before_it_gets_its_name(
     content = await store.path(SHA256)
     sidecar = content.with_name(f"{SHA256}.json")
     directories = [content.parent, directory / "objects"]  # after the name was given
-    assert synced == [path.stat().st_ino for path in (content, sidecar, *directories)]
+    assert synced == [path.stat().st_ino for path in (sidecar, *directories, content, *directories)]
 
 
 async def test_a_finished_upload_takes_nothing_more(store: AssetStore) -> None:
@@ -451,3 +453,68 @@ async def test_a_disk_that_fills_up_is_not_ready_and_the_upload_can_go_on(
 )
 def test_media_types_are_found_in_the_content(head: bytes, expected: str) -> None:
     assert media_type(head) == expected
+
+
+# In an object storage
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    with s3_server() as running:
+        yield running
+
+
+@pytest.fixture
+def remote(directory: Path, server: S3Server) -> AssetStore:
+    return AssetStore(directory, server.blobs("assets"), reserve_bytes=0)
+
+
+async def test_files_in_an_object_storage_are_found_by_every_gateway(
+    remote: AssetStore, server: S3Server, tmp_path: Path
+) -> None:
+    asset = await stored(remote)
+    other = AssetStore(tmp_path / "other", server.open(server.buckets[-1], "assets"), reserve_bytes=0)
+    assert await other.get(SHA256) == asset
+    assert b"".join(await read(other, SHA256, 3)) == CONTENT[3:]
+    assert (await other.path(SHA256)).read_bytes() == CONTENT
+    assert left_in(tmp_path / "other") == []
+
+
+async def test_a_file_that_a_generation_made_goes_into_an_object_storage(remote: AssetStore, tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").write_bytes(CONTENT)
+    asset = await remote.put_file(tmp_path / "video.mp4", "video.mp4")
+    assert (asset.sha256, asset.filename) == (SHA256, "video.mp4")
+    assert "video.mp4" not in os.listdir(tmp_path)
+    assert b"".join(await read(remote, SHA256)) == CONTENT
+    # a second time it keeps its first name
+    (tmp_path / "video.mp4").write_bytes(CONTENT)
+    assert (await remote.put_file(tmp_path / "video.mp4", "other.mp4")).filename == "video.mp4"
+
+
+async def test_a_file_deleted_from_an_object_storage_is_gone_here_too(remote: AssetStore, directory: Path) -> None:
+    await stored(remote)
+    copy = await remote.path(SHA256)
+    assert SHA256 in os.listdir(copy.parent)
+    await remote.delete(SHA256)
+    assert SHA256 not in os.listdir(copy.parent)
+    for missing in (remote.get(SHA256), remote.path(SHA256)):
+        with pytest.raises(NotFound):
+            await missing
+    await remote.delete(SHA256)
+
+
+async def test_copies_that_nobody_asks_for_go_and_come_again(remote: AssetStore) -> None:
+    await stored(remote)
+    copy = await remote.path(SHA256)
+    os.utime(copy, (0, 0))
+    assert await remote.path(SHA256) == copy  # asked for: it stays
+    assert await remote.remove_stale_uploads(older_than_s=60) == 0
+    os.utime(copy, (0, 0))
+    assert await remote.remove_stale_uploads(older_than_s=60) == 1
+    assert (await remote.path(SHA256)).read_bytes() == CONTENT
+
+
+async def test_old_files_in_an_object_storage_are_told(remote: AssetStore) -> None:
+    await stored(remote)
+    assert await remote.older_than(3600) == []
+    assert await remote.older_than(-3600) == [SHA256]

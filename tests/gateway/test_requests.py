@@ -148,7 +148,7 @@ BOUNDS = [
     ("animate.preset", "", 'model: "tiny" animate { preset: "wan2gp" }'),
     ("animate.mask_video", "", f'animate {{ mask_video: "{POSE}" }}'),
     ("animate.reference_image", "", 'animate { reference_image: "assets/../x" }'),
-    ("animate.pose_video", "", 'animate { pose_video: "https://example.org/a.mp4" }'),
+    ("animate.pose_video", "", 'animate { pose_video: "file:///a.mp4" }'),
     ("animate.pose_video", "", 'animate { pose_video: "" }'),
     ("sampling.seed", f"sampling {{ seed: {2**63 - 1} }}", f"sampling {{ seed: {2**63} }}"),
     ("sampling.num_inference_steps", "sampling { num_inference_steps: 1 }", "sampling { num_inference_steps: 0 }"),

@@ -14,10 +14,10 @@ from bunraku.errors import Conflict, InvalidRequest, NotFound, NotReady, StageBr
 from bunraku.v1 import gateway_pb2 as pb
 from bunraku.v1 import gateway_pb2_grpc
 from gateway.assets import AssetStore
+from gateway.jobs.store import JobStore
 from gateway.requests import ModelSpec
 from gateway.service import GatewayService
 from gateway.stages import connect
-from gateway.store import JobStore
 from gateway.worker import Worker, WorkerSettings
 from runtime.bundles import load_bundle
 from runtime.client import Retry

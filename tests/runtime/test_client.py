@@ -15,9 +15,10 @@ import pytest
 
 from bunraku.errors import Cancelled, DeadlineExceeded, InvalidRequest, NotReady, StageBroken
 from bunraku.v1 import stage_pb2, stage_pb2_grpc, vae_pb2, vae_pb2_grpc
-from runtime import client as client_module
-from runtime.client import Budget, Retry, StageClient, retrying, stage_status
+from runtime import replicas
+from runtime.client import Budget, Retry, StageClient, retrying
 from runtime.gpu import raise_if_cancelled
+from runtime.replicas import stage_status
 from runtime.stage import Limits
 from runtime.tensors import WireTensor
 from tests.runtime.fakes import (
@@ -243,7 +244,7 @@ async def test_an_address_that_is_dead_is_avoided() -> None:
 
 
 async def test_an_address_that_failed_is_tried_again_after_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_REST_AFTER_FAILURE_S", 0.01)
+    monkeypatch.setattr(replicas, "_REST_S", 0.01)
     async with stage(load=False) as late, stage() as early, client(late.address, early.address) as caller:
         for _ in range(3):
             for task in [asyncio.create_task(encode(caller, zeros(1))) for _ in range(2)]:
@@ -296,18 +297,18 @@ async def test_a_name_stands_for_all_its_addresses_as_they_come_and_go(monkeypat
 
         answers["vae"] = ["127.0.0.2", "127.0.0.3"]
         first["127.0.0.1:50053"].calls = 1
-        caller._resolved_at = -100.0
+        caller._replicas._resolved_at = -100.0
         second = {endpoint.address: endpoint for endpoint in await caller.endpoints()}
         # an address that is gone stays while it has calls
         assert sorted(second) == ["127.0.0.1:50053", "127.0.0.2:50053", "127.0.0.3:50053"]
         assert second["127.0.0.2:50053"] is first["127.0.0.2:50053"]
 
         first["127.0.0.1:50053"].calls = 0
-        caller._resolved_at = -100.0
+        caller._replicas._resolved_at = -100.0
         assert sorted(e.address for e in await caller.endpoints()) == ["127.0.0.2:50053", "127.0.0.3:50053"]
 
         answers["vae"] = OSError("no answer")
-        caller._resolved_at = -100.0
+        caller._replicas._resolved_at = -100.0
         assert len(await caller.endpoints()) == 2
 
 

@@ -520,3 +520,19 @@ async def test_closing_a_stream_after_the_end_of_the_thread_does_not_hang() -> N
 
 def test_cancelled_work_is_an_ordinary_exception_so_that_models_clean_up() -> None:
     assert issubclass(WorkCancelled, Exception)
+
+
+@pytest.mark.parametrize(("error", "times"), [(MemoryError(), 1), (ValueError("a bug"), 0)])
+async def test_memory_is_given_back_after_work_that_had_too_little(
+    gpu: GpuThread, monkeypatch: pytest.MonkeyPatch, error: Exception, times: int
+) -> None:
+    given_back: list[str] = []
+    monkeypatch.setattr("runtime.gpu.release_cached_memory", lambda: given_back.append(threading.current_thread().name))
+
+    def fails() -> None:
+        raise error
+
+    with pytest.raises((OutOfMemory, ValueError)):
+        await gpu.run(fails)
+    assert len(given_back) == times
+    assert threading.current_thread().name not in given_back

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+import logging
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from datetime import datetime, timedelta
 from typing import Any
 
 import grpc
@@ -17,8 +26,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from bunraku.errors import InvalidRequest
+from bunraku.v1 import denoiser_pb2, encoder_pb2, pose_pb2, vae_pb2
 from runtime import telemetry
 from runtime.client import Budget
+from runtime.logs import JsonFormatter
 from runtime.tensors import WireTensor
 from tests.runtime.fakes import FIRST_ENCODE, Tensors, client, encode, stage, until, zeros
 
@@ -178,3 +189,155 @@ async def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = {entry.key: entry.value.string_value for entry in resource_spans.resource.attributes}
     assert resource["service.name"] == "bunraku-vae"
     assert resource_spans.scope_spans[0].spans[0].name == "sent"
+
+
+def sample(name: str, **labels: str) -> float:
+    """A metric as it is now."""
+    return telemetry.REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def test_tensors_of_a_call_are_events_with_bytes_and_time(spans: InMemorySpanExporter) -> None:
+    tensor = zeros(70_000)
+    before = sample("bunraku_tensor_bytes_total", stage="vae", direction="sent", transport="bytes")
+    async with stage() as serving, client(serving.address) as caller:
+        serving.service.encode_work = lambda tensors: [tensors["frames"].named("latents")]
+        async with caller.call(Budget.of(5)) as call:
+            [_ async for _ in call.stream(call.stub.Encode, FIRST_ENCODE, [tensor])]
+        await until(lambda: len(spans.get_finished_spans()) == 2)
+    events = {event.name: dict(event.attributes or {}) for event in by_name(spans)["stage.vae"].events}
+    assert events.keys() == {"sent", "received"}
+    assert events["sent"]["bunraku.tensor"] == tensor.name
+    for event in events.values():
+        assert event["bunraku.size_bytes"] == 70_000
+        assert event["bunraku.transport"] == "bytes"
+        assert 0 < float(str(event["bunraku.milliseconds"])) < 5000
+    after = sample("bunraku_tensor_bytes_total", stage="vae", direction="sent", transport="bytes")
+    assert after - before == 70_000
+
+
+async def test_calls_are_counted_under_the_status_that_they_end_with() -> None:
+    def counts() -> list[float]:
+        calls = [
+            sample("bunraku_stage_calls_total", stage="vae", rpc="Encode", status=status)
+            for status in ("OK", "INVALID_ARGUMENT")
+        ]
+        attempts = [
+            sample("bunraku_stage_attempts_total", stage="vae", result=result) for result in ("succeeded", "failed")
+        ]
+        return [*calls, *attempts, sample("bunraku_stage_call_seconds_count", stage="vae", rpc="Encode")]
+
+    before = counts()
+    async with stage() as serving, client(serving.address) as caller:
+        await encode(caller, zeros(1))
+
+        def fails(tensors: Tensors) -> list[WireTensor]:
+            raise InvalidRequest(("shift", "wrong"))
+
+        serving.service.encode_work = fails
+        with pytest.raises(InvalidRequest):
+            await encode(caller, zeros(1))
+        await until(lambda: counts()[-1] - before[-1] == 2)
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [1, 1, 1, 1, 2]
+
+
+async def test_a_call_that_waits_for_its_turn_has_a_span_for_it(spans: InMemorySpanExporter) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(tensors: Tensors) -> list[WireTensor]:
+        begun.set()
+        go_on.wait(5)
+        return []
+
+    async with stage() as serving, client(serving.address) as caller:
+        serving.service.encode_work = work
+        first = asyncio.create_task(encode(caller, zeros(1)))
+        await asyncio.to_thread(begun.wait, 5)
+        second = asyncio.create_task(encode(caller, zeros(1)))
+        await until(lambda: serving.runtime.status().queued_requests == 1)
+        go_on.set()
+        await asyncio.gather(first, second)
+        await until(lambda: len(spans.get_finished_spans()) == 5)
+    names = [span.name for span in spans.get_finished_spans()]
+    assert names.count("admission") == 1
+
+
+def test_what_a_caller_sends_makes_no_series() -> None:
+    telemetry.CALLS.add(stage="vae", rpc="Decode/../../etc", status="OK")
+    telemetry.CALLS.add(stage="of-my-own", rpc="Decode", status="OK")
+    assert sample("bunraku_stage_calls_total", stage="vae", rpc="other", status="OK") == 1
+    assert sample("bunraku_stage_calls_total", stage="other", rpc="Decode", status="OK") == 1
+
+
+def test_metrics_are_few_and_bounded() -> None:
+    assert sum(metric.max_series for metric in telemetry.METRICS) <= 1500
+    assert len({metric.name for metric in telemetry.METRICS}) == len(telemetry.METRICS)
+
+
+def test_rpcs_and_stages_are_those_of_the_contract() -> None:
+    files = {"encoder": encoder_pb2, "pose": pose_pb2, "denoiser": denoiser_pb2, "vae": vae_pb2}
+    services = [file.DESCRIPTOR.services_by_name[f"{name.capitalize()}Service"] for name, file in files.items()]
+    assert set(telemetry.RPCS) == {method.name for service in services for method in service.methods}
+    assert tuple(files) == telemetry.STAGES
+
+
+def test_a_level_is_asked_when_it_is_read() -> None:
+    level = 3.0
+    telemetry.CALLS_WAITING.follow(lambda: level, stage="pose")
+    assert sample("bunraku_stage_calls_waiting", stage="pose") == 3
+    level = 4.0
+    assert sample("bunraku_stage_calls_waiting", stage="pose") == 4
+
+
+def test_metrics_are_served_over_http_while_the_endpoint_is_open() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with telemetry.metrics_endpoint(address):
+        text = urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode()
+    assert "# TYPE bunraku_stage_call_seconds histogram" in text
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://{address}/metrics", timeout=1)
+    with telemetry.metrics_endpoint(""):
+        pass
+
+
+async def test_an_event_loop_that_is_held_up_is_seen() -> None:
+    watching = asyncio.create_task(telemetry.watch_event_loop())
+    await asyncio.sleep(0)
+    time.sleep(1.0)  # noqa: ASYNC251 - what is to be seen
+    await until(lambda: sample("bunraku_event_loop_lag_seconds") > 0.25)
+    watching.cancel()
+
+
+def test_a_wait_that_is_over_becomes_a_span(spans: InMemorySpanExporter) -> None:
+    with telemetry.span("generation"):
+        telemetry.past_span("generation.queue", time.time() - 3)
+    queue = by_name(spans)["generation.queue"]
+    assert queue.parent is not None
+    assert queue.start_time is not None
+    assert queue.end_time is not None
+    assert 3 <= (queue.end_time - queue.start_time) / 1e9 < 4
+
+
+def test_json_logs_say_which_trace_they_belong_to(spans: InMemorySpanExporter) -> None:
+    formatter = JsonFormatter("vae")
+    record = logging.LogRecord("runtime.server", logging.WARNING, "", 1, "%s of %d", ("one", 2), None)
+    entry = json.loads(formatter.format(record))
+    assert (entry["level"], entry["program"], entry["logger"]) == ("WARNING", "vae", "runtime.server")
+    assert entry["message"] == "one of 2"
+    assert datetime.fromisoformat(entry["time"]).utcoffset() == timedelta(0)
+    assert "trace_id" not in entry
+    with telemetry.span("generation"):
+        entry = json.loads(formatter.format(record))
+        assert entry["trace_id"] == telemetry.trace_id()
+        assert len(entry["span_id"]) == 16
+
+
+def test_json_logs_hold_an_exception_in_one_line() -> None:
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, "", 1, "failed", None, sys.exc_info())
+    line = JsonFormatter("vae").format(record)
+    assert "\n" not in line
+    assert "ValueError: two\nlines" in json.loads(line)["exception"]
