@@ -59,7 +59,7 @@ mist misty day night morning noon evening dusk dawn summer winter spring autumn 
 
 fast slow slowly quickly quick gently gentle smooth smoothly steady steadily sudden suddenly energetic calm
 lively graceful high low small big large tall little thin thick wide narrow round young old happy sad tired
-strong first second last again twice once together alone still rhythm beat time times loop
+strong first second last again twice once together alone still rhythm beat time times loop motley falling
 """
 WORDS = tuple(dict.fromkeys(_WORD_LIST.split()))
 _ENDINGS = ("es", "ed", "ing", "er", "est", "ly", "ful", "less", "ness")

@@ -1,0 +1,1 @@
+"""How good the videos of a bundle are, on clips whose truth is known: `python -m benchmarks.quality`."""
