@@ -12,7 +12,7 @@ OUTPUT ?= demo.mp4
 GOLDENS ?= tests/goldens
 MANIFESTS ?=
 
-.PHONY: setup protos demo test test-slow check format parity bundle clean
+.PHONY: setup protos demo test test-slow check format parity bundle certs clean
 
 setup: .venv/ready
 
@@ -58,6 +58,10 @@ format: .venv/ready
 
 parity: $(STUBS)
 	$(RUN) -m tests.parity $(GOLDENS) $(if $(MANIFESTS),--manifests $(MANIFESTS))
+
+# certificates for mutual TLS on a machine of one's own: `bunraku serve --certificates certs`
+certs: .venv/ready
+	$(RUN) scripts/certificates.py certs
 
 clean:
 	rm -rf .venv bundles/tiny/*.safetensors bundles/tiny/*.pth bundles/tiny/ready bunraku/v1/*_pb2*

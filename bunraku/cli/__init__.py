@@ -12,7 +12,10 @@ import typer
 
 from bunraku.cli.animate import animate
 from bunraku.cli.jobs import jobs
+from bunraku.cli.keys import keys
 from bunraku.cli.models import models
+from bunraku.cli.plan import plan
+from bunraku.cli.pose import pose
 from bunraku.cli.serve import serve
 from bunraku.cli.status import status
 
@@ -23,10 +26,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(animate)
+app.command()(pose)
 app.command()(serve)
+app.command()(plan)
 app.command()(status)
 app.command()(models)
 app.add_typer(jobs, name="jobs")
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)(keys)
 
 
 @app.callback(invoke_without_command=True)

@@ -232,7 +232,10 @@ def serving_stage(stage: str) -> pb.StageEndpoint:
         state=stage_pb2.STAGE_STATE_SERVING,
         device="cuda:0",
         device_name="H100",
-        vram=stage_pb2.Memory(total_bytes=80 * 10**9, used_bytes=3 * 10**9),
+        vram=stage_pb2.Memory(
+            total_bytes=80 * 10**9, free_bytes=70 * 10**9, used_bytes=3 * 10**9, peak_bytes=5 * 10**9
+        ),
+        ram=stage_pb2.Memory(total_bytes=64 * 10**9, free_bytes=20 * 10**9, used_bytes=2 * 10**9, peak_bytes=4 * 10**9),
         max_queued_requests=8,
     )
     return pb.StageEndpoint(stage=stage, address="127.0.0.1:1", reachable=True, status=status)

@@ -321,13 +321,14 @@ def test_status_is_a_table_and_fails_when_a_stage_is_down(bunraku: CommandLine, 
     fake.stages = [serving_stage("vae"), serving_stage("denoiser")]
     assert bunraku("status") == 0
     header, vae, _, last = bunraku.out.splitlines()
-    assert header.split() == ["stage", "address", "state", "device", "memory", "queue", "work"]
+    assert header.split() == ["stage", "address", "state", "device", "VRAM", "RAM", "queue", "work"]
     assert re.split(r"\s{2,}", vae) == [
         "vae",
         "127.0.0.1:1",
         "serving",
         "cuda:0 (H100)",
-        "3 GB of 80 GB VRAM",
+        "3 GB of 80 GB, peak 5 GB, 70 GB free",
+        "2 GB of 64 GB, peak 4 GB, 20 GB free",
         "0 of 8",
     ]
     assert last == "gateway 1.2: 1 running, 0 queued"
@@ -338,6 +339,27 @@ def test_status_is_a_table_and_fails_when_a_stage_is_down(bunraku: CommandLine, 
     assert "unreachable: connection refused" in bunraku.out
     fake.stages = []
     assert bunraku("status") == 1
+
+
+def test_status_is_watched_until_ctrl_c_also_while_the_gateway_is_away(
+    bunraku: CommandLine, fake: FakeGateway, gateway: GatewayThread
+) -> None:
+    fake.stages = [serving_stage("vae")]
+
+    def interrupt() -> None:
+        written: Any = sys.stdout
+        assert eventually(lambda: written.getvalue().count("gateway 1.2: 1 running") >= 2, 40)
+        gateway.stop()
+        assert eventually(lambda: "the gateway does not answer" in written.getvalue(), 40)
+        gateway.start()
+        shown = written.getvalue().count("gateway 1.2: 1 running")
+        assert eventually(lambda: written.getvalue().count("gateway 1.2: 1 running") > shown, 40)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    assert bunraku("status", "--watch", "--interval", "0.1") == 130
+    interrupting.join()
 
 
 def test_models_are_shown_with_their_defaults(bunraku: CommandLine, fake: FakeGateway) -> None:
@@ -547,6 +569,23 @@ def test_terminal_shows_bars_and_the_time_that_is_left() -> None:
     shown = console.export_text()
     assert re.search(r"denoise \(window 2 of 3\)\s+running\s+━.*2 of 8\s+1\.\d s", shown)
     assert "running, 25%, 1 min 30 s left" in shown
+
+
+def test_a_generation_that_waits_shows_its_place_in_the_queue_until_it_is_begun() -> None:
+    display = generation.GenerationDisplay(Console())
+    queued = pb.WatchGenerationResponse()
+    queued.generation.state = pb.GENERATION_STATE_QUEUED
+    display.happened(queued)
+    place = pb.WatchGenerationResponse()
+    place.queue.position = 3
+    place.queue.remaining.FromSeconds(120)
+    display.happened(place)
+    assert display.footer().startswith("queued, number 3 in the queue, ")
+    assert display.footer().endswith(" left")
+    running = pb.WatchGenerationResponse()
+    running.generation.state = pb.GENERATION_STATE_RUNNING
+    display.happened(running)
+    assert "queue" not in display.footer()
 
 
 def test_tables_hold_brackets_as_they_are() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bunraku.client import Client
-from bunraku.errors import BunrakuError, InvalidRequest, NotThereYet
+from bunraku.errors import BunrakuError, InvalidRequest
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.media import read_metadata
 from runtime.video import probe_video
@@ -165,9 +165,10 @@ def test_a_corrupt_picture_or_video_is_refused_by_name(
             assert [name for name, _ in raised.value.violations] == [field]
 
 
-def test_a_raw_driving_video_needs_a_bundle_with_pose_models(client: Client, picture: Path, pose_video: Path) -> None:
-    with pytest.raises(NotThereYet, match="no pose models"):
-        client.animate(reference_image=picture, driving_video=pose_video)
+def test_a_driving_video_that_shows_nobody_fails_and_says_so(client: Client, picture: Path, pose_video: Path) -> None:
+    generation = ended(client, client.animate(reference_image=picture, driving_video=pose_video, height=64, width=64))
+    assert generation.state == FAILED
+    assert "shows nobody" in str(generation.error)
 
 
 def test_every_stage_tells_its_state(client: Client) -> None:
