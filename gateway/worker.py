@@ -289,7 +289,7 @@ class Worker:
         quirks = bundle.presets[task.preset]
         return Animation(
             reference_image=reference,
-            motion=await self._motion(task),
+            motion=await self._motion(task, bundle),
             prompt=task.prompt,
             negative_prompt=task.negative_prompt,
             max_frames=output.num_frames,
@@ -301,11 +301,13 @@ class Worker:
             pixel_rounding=quirks.pixel_rounding,
         )
 
-    async def _motion(self, task: pb.AnimateTask) -> Driving | bytes:
+    async def _motion(self, task: pb.AnimateTask, bundle: Bundle) -> Driving | bytes:
         if task.WhichOneof("motion") == "pose_video":
             return await self._read(task.pose_video, "animate.pose_video")
         mask = await self._read(task.mask_video, "animate.mask_video") if task.mask_video else None
-        return Driving(await self._read(task.driving_video, "animate.driving_video"), task.people, mask, task.preset)
+        # The bundle's own preset is not asked for by name: what the pose stage then takes may differ in its own part
+        preset = "" if task.preset == bundle.preset else task.preset
+        return Driving(await self._read(task.driving_video, "animate.driving_video"), task.people, mask, preset)
 
     async def _read(self, name: str, field: str) -> bytes:
         path = await self._assets.path(asset_id(name, field))
