@@ -78,9 +78,12 @@ def _prepared(count: int, seed: int, held_out: bool, side: int, frames: int) -> 
     """What is done on the CPU: the stories of some clips, and their faces and hands; pickled, as tensors in shared
     memory would each hold a file open."""
     stories = sample_stories(count, torch.Generator().manual_seed(seed), frames=frames, held_out=held_out)
+    return pickle.dumps((stories, _painted(stories, side)))
+
+
+def _painted(stories: Stories, side: int) -> Overlay:
     clips = people(stories.shown, stories.joints(), side, side, stories.cameras)
-    painted = overlay([person for clip in clips for person in clip], side, side, STROKES)
-    return pickle.dumps((stories, painted))
+    return overlay([person for clip in clips for person in clip], side, side, STROKES)
 
 
 def _drawn(stories: Stories, painted: Overlay, side: int, device: torch.device) -> Drawn:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from training.optimise import Average, Optimiser, RecordedStep, Schedule
@@ -29,16 +31,29 @@ class Log:
     """Losses as they fall, a line for every few steps: a CSV file with the columns stage, step, seconds, loss."""
 
     def __init__(self, path: Path, *, append: bool) -> None:
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a" if append else "w", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
         if not append:
-            self._writer.writerow(("stage", "step", "seconds", "loss"))
+            path.write_text("stage,step,seconds,loss\n", encoding="utf-8")
 
     def add(self, stage: str, progress: Progress, loss: float) -> None:
-        self._writer.writerow((stage, progress.step, f"{progress.seconds:.1f}", f"{loss:.6f}"))
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{stage},{progress.step},{progress.seconds:.1f},{loss:.6f}\n")
         print(f"{stage} step {progress.step} {progress.seconds:.0f} s loss {loss:.5f}", flush=True)
+
+    def draw(self, title: str) -> None:
+        """Leaves a picture of the loss beside the file: SVG, a colour per stage, the same for the same losses."""
+        with self._path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.size": 8}):
+            figure = Figure(figsize=(5, 2.6), layout="constrained")
+            axes = figure.subplots()
+            for stage in dict.fromkeys(row["stage"] for row in rows):
+                points = [(float(row["step"]), float(row["loss"])) for row in rows if row["stage"] == stage]
+                axes.plot(*zip(*points, strict=True), linewidth=0.8, label=stage)
+            axes.set(title=f"{title}: loss", xlabel="step", yscale="log")
+            axes.legend()
+            figure.savefig(self._path.with_suffix(".svg"), metadata={"Date": None})
 
 
 def run_steps(

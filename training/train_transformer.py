@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.bundles import Bundle, configuration, load_bundle
@@ -36,7 +37,7 @@ from training.conditions import (
     token_rows,
 )
 from training.encoded_clips import encode_clips
-from training.export import write_learners
+from training.export import on_cpu, write_learners
 from training.optimise import Average, Optimiser, RecordedStep, Schedule
 from training.runs import Log, Progress, State, run_steps
 from training.tiny_tokenizer import write_tokenizer
@@ -81,7 +82,7 @@ class Training:
         Args:
             no_text: ids [k, text_len] of prompts that say nothing of a clip, one of which stands for a caption left out.
         """
-        self.learners, self.recipe, self._samples, self._no_text = learners, recipe, samples, no_text
+        self.learners, self.recipe, self.samples, self._no_text = learners, recipe, samples, no_text
         config = learners.transformer.config
         geometry = Geometry.of(samples.pick(slice(0, 1)), config.head_dim, pose_time_origin=pose_time_origin)
         device = samples.video.device
@@ -89,9 +90,9 @@ class Training:
 
     def loss(self) -> Tensor:
         """Of a batch: clips, noise, times and omissions by chance."""
-        recipe, device = self.recipe, self._samples.video.device
-        rows = torch.randint(len(self._samples), (recipe.batch,), device=device)
-        batch = self._samples.pick(rows)
+        recipe, device = self.recipe, self.samples.video.device
+        rows = torch.randint(len(self.samples), (recipe.batch,), device=device)
+        batch = self.samples.pick(rows)
         # stratified: every batch has all noise levels
         even = (torch.arange(recipe.batch, device=device) + torch.rand((), device=device)) / recipe.batch
         sigmas = recipe.time_shift * even / (1 + (recipe.time_shift - 1) * even)
@@ -240,10 +241,13 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> None:
         step, optimiser, schedule, progress, until_step=recipe.steps, deadline=deadline, stage="transformer", log=log
     )
     state.save(arguments.state, progress)
+    log.draw("transformer")
     average.swap()
     for sigma, error in training.validation(held_out).items():
         print(f"validation error at noise {sigma}: {error:.4f}", flush=True)
     write_learners(arguments.bundle, bundle, learners)
+    if arguments.float_weights is not None:
+        save_file(on_cpu(learners.transformer, torch.bfloat16), arguments.float_weights)
 
 
 def encoded(
@@ -275,6 +279,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="file to go on from, and to leave")
     parser.add_argument("--samples", type=Path, help="file that keeps the encoded clips from call to call")
     parser.add_argument("--log", type=Path, required=True, help="folder for the losses")
+    parser.add_argument("--float-weights", type=Path, help="file for the transformer before it is quantised")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long, to be gone on with")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -248,6 +248,7 @@ def train(arguments: argparse.Namespace, recipe: Recipe) -> None:
         )
         state.save(arguments.state, progress)
         print(f"after {stage.name}: {Scores.of(clip_vae, held_out)}", flush=True)
+    log.draw("VAE")
     average.swap()
     print(f"average: {Scores.of(clip_vae, held_out)}", flush=True)
     mean, std = latent_statistics(clip_vae, seen, min(recipe.statistics_clips, recipe.clips))

@@ -1,13 +1,12 @@
-"""Writes the files of bundles/tiny: random weights of the sizes in its bundle.toml, in the formats of the real release.
+"""Random weights of a bundle's sizes, in the formats of the real release: for tests, which need no trained ones.
 
-`python -m training.write_tiny_bundle [directory]`. The numbers depend on the tensors' names alone, so every machine
-writes the same files.
+The numbers depend on the tensors' names alone, so every machine writes the same files. Also the names and shapes of
+released encoder files, which trained weights are written with (export.py).
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.bundles import Bundle, configuration, load_bundle
+from runtime.bundles import Bundle, configuration
 from runtime.weights import build_on_meta
 from services.denoiser.model import PRESETS as TRANSFORMERS
 from services.denoiser.model import DiffusionTransformer, TransformerConfig
@@ -29,16 +28,7 @@ from services.vae.model import PRESETS as VAES
 from services.vae.model import Vae, VaeConfig
 from training.tiny_tokenizer import write_tokenizer
 
-DIRECTORY = Path(__file__).resolve().parent.parent / "bundles" / "tiny"
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def main() -> None:
-    bundle = load_bundle(Path(sys.argv[1]) if len(sys.argv) > 1 else DIRECTORY)
-    write_transformer(bundle)
-    write_vae(bundle)
-    write_text_encoder(bundle)
-    write_image_encoder(bundle)
 
 
 def write_transformer(bundle: Bundle) -> None:
@@ -141,7 +131,3 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(tensors), path)
-
-
-if __name__ == "__main__":
-    main()
