@@ -2,8 +2,9 @@
 # Renders every overlay and lets checkov look at it, from an environment of its own: its pins would downgrade ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-environment=.venv-checkov
+environment=build/checkov
 if [ ! -x "$environment/bin/checkov" ]; then
+    mkdir -p build
     python3 -m venv "$environment"
     "$environment/bin/pip" install --quiet --disable-pip-version-check checkov==3.3.30
 fi

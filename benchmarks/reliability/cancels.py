@@ -6,7 +6,6 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from pathlib import Path
 
 import psutil
 
@@ -99,9 +98,9 @@ def left_behind(system: System) -> dict[str, int]:
         role = "gateway" if name.startswith("gateway") else "stages"
         found[f"threads of the {role}"] += running.num_threads()
         found[f"open files of the {role}"] += running.num_fds()
-    found["temporary directories"] = len(list(Path("/tmp").glob("bunraku-*"))) - 1
+    found["temporary directories"] = len(list((system.directory / "tmp").iterdir()))
     found["outputs of generations under way"] = len(list((system.directory / "data" / "outputs").glob("jobs/*/*")))
-    found["shared memory segments"] = len(list(Path("/dev/shm").glob("*bunraku*")))
+    found["shared memory segments"] = len(list(system.shared_memory.iterdir()))
     with system.client() as client:
         stages = client.status().stages
         found["calls in the stages"] = sum(len(stage.status.work) for stage in stages)

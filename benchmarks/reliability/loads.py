@@ -32,19 +32,20 @@ from tests.system.media import write_picture, write_pose_video
 SUCCEEDED = pb.GENERATION_STATE_SUCCEEDED
 _QUICK = {**dict.fromkeys(COSTS, 0.0), "Denoise": 0.02}
 _QUICK_STEPS = 5
+_STEPS = 10
 _CALLERS = ("heavy", "light", "lighter")
 
 
 def overload(seconds: float, seed: int) -> Table:
-    """Ten times as many submits as can be worked off, with a queue of 20."""
-    with running_system("sqlite", costs=_QUICK, max_running=3, max_queued=20) as system:
+    """Ten times as many submits as the denoiser can work off, with a queue of 20."""
+    with running_system("sqlite", max_running=3, max_queued=20) as system:
         return asyncio.run(_overload(system, uploaded(system), seconds, random.Random(seed)))
 
 
 async def _overload(system: System, inputs: Inputs, seconds: float, rng: random.Random) -> Table:
     client = AsyncClient(system.gateways[0], retry=Retry(attempts=1))
     begun = time.monotonic()
-    for name in [(await client.create(inputs.request(any_seed(rng), _QUICK_STEPS))).name for _ in range(10)]:
+    for name in [(await client.create(inputs.request(any_seed(rng), _STEPS))).name for _ in range(10)]:
         async for _ in client.watch(name):
             pass
     capacity = 10 / (time.monotonic() - begun)
@@ -58,7 +59,7 @@ async def _overload(system: System, inputs: Inputs, seconds: float, rng: random.
     async def submit() -> None:
         asked = time.monotonic()
         try:
-            accepted.append((await client.create(inputs.request(any_seed(rng), _QUICK_STEPS))).name)
+            accepted.append((await client.create(inputs.request(any_seed(rng), _STEPS))).name)
         except Busy as error:
             refused.append(time.monotonic() - asked)
             told.append(error.retry_after_s or 0.0)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.reliability.stages STAGE PORT LOG COSTS`: one stage with the real contracts, whose work is to sleep.
+"""`python -m benchmarks.reliability.stages STAGE PORT LOG MEMORY COSTS`: one stage with the real contracts, whose work is to sleep.
 
 What the denoiser gives depends on every step that it ran, so a result tells whether it went on from the right place.
 LOG gets a line for all that happens: monotonic seconds of this host, what, and the seed or prompt that it was for.
@@ -96,13 +96,14 @@ class CountingStage(StubStage):
                     yield message
 
 
-async def _serve(stage: str, port: int, log: Path, costs: Mapping[str, float]) -> int:
+async def _serve(stage: str, port: int, log: Path, memory: Path, costs: Mapping[str, float]) -> int:
     bundle = load_bundle(ROOT / "bundles" / "tiny")
     limits = Limits(max_concurrent=SLOTS[stage], max_queued=100)
-    runtime = StageRuntime(stage, bundle, limits=limits, shared_memory=SharedMemory.create())
+    runtime = StageRuntime(stage, bundle, limits=limits, shared_memory=SharedMemory.create(memory))
     service = CountingStage(stage, runtime, costs, 9, log)  # type: ignore[abstract]  # not all rpcs
     return await run(service, runtime, ServerSettings(f"127.0.0.1:{port}", grace_s=1.0))
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(_serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))))
+    name, number, told, shared, seconds = sys.argv[1:]
+    sys.exit(asyncio.run(_serve(name, int(number), Path(told), Path(shared), json.loads(seconds))))

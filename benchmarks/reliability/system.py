@@ -23,6 +23,7 @@ from benchmarks.stub_stages import ROOT, SLOTS
 from bunraku.client import AsyncClient, Client, Retry
 from bunraku.errors import BunrakuError, Unauthenticated
 from bunraku.v1 import gateway_pb2 as pb
+from runtime.shared_memory import DIRECTORY
 from tests.postgresql import Server
 from tests.system.media import write_picture, write_pose_video
 
@@ -66,6 +67,7 @@ class System:
     """What runs, and where."""
 
     directory: Path
+    shared_memory: Path
     gateways: list[str]
     processes: dict[str, Process]
     postgresql: Server | None
@@ -146,6 +148,8 @@ def running_system(
         settings: of the gateways, by field.
     """
     directory = Path(tempfile.mkdtemp(prefix="bunraku-reliability-"))
+    (directory / "tmp").mkdir()
+    shared_memory = Path(tempfile.mkdtemp(prefix="bunraku-reliability-", dir=DIRECTORY))
     postgresql = Server() if database == "postgresql" else None
     if postgresql is not None:
         postgresql.start()
@@ -155,7 +159,7 @@ def running_system(
     processes = {
         stage: Process(
             stage,
-            [*_STAGE, stage, str(port), str(directory / f"{stage}.told"), json.dumps(dict(costs))],
+            [*_STAGE, stage, str(port), str(directory / f"{stage}.told"), str(shared_memory), json.dumps(dict(costs))],
             {},
             directory / f"{stage}.log",
         )
@@ -167,6 +171,8 @@ def running_system(
         "BUNRAKU_DATABASE": postgresql.url if postgresql is not None else "",
         "BUNRAKU_LOG_LEVEL": "WARNING",
         "BUNRAKU_GRACE_S": "1",
+        "BUNRAKU_SHARED_MEMORY_DIRECTORY": str(shared_memory),
+        "TMPDIR": str(directory / "tmp"),
         "OMP_NUM_THREADS": "1",
         **{f"BUNRAKU_{stage.upper()}": f"127.0.0.1:{port}" for stage, port in stages.items()},
         **{f"BUNRAKU_{name.upper()}": str(value) for name, value in settings.items()},
@@ -175,7 +181,7 @@ def running_system(
         name = f"gateway-{number}"
         environment = {**shared, "BUNRAKU_ADDRESS": address}
         processes[name] = Process(name, [sys.executable, "-m", "gateway"], environment, directory / f"{name}.log")
-    system = System(directory, addresses, processes, postgresql)
+    system = System(directory, shared_memory, addresses, processes, postgresql)
     try:
         system.start()
         yield system
@@ -184,6 +190,7 @@ def running_system(
         raise
     finally:
         system.stop()
+        shutil.rmtree(shared_memory, ignore_errors=True)
     shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -376,8 +376,8 @@ class JobStore:
             if waiting < self._max_queued:
                 await check_quotas(connection, caller)
                 return None
-            self._full_until = time.monotonic() + _FULL_S
             self._retry_after_s = await self._queue.retry_after_s(connection)
+            self._full_until = time.monotonic() + _FULL_S
         text = f"{self._max_queued} generations are waiting, more are not taken on"
         raise Busy(text, retry_after_s=self._retry_after_s)
 

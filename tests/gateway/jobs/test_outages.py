@@ -20,7 +20,6 @@ from gateway.worker import stored
 from tests.gateway.jobs.jobs import claimed, created, step, told, video
 from tests.postgresql import MISSING, Server, programs
 
-
 PROMPT_S = database.PROMPT_S
 
 
