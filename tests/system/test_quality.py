@@ -32,7 +32,7 @@ from runtime.client import Budget
 from services.denoiser import model
 from services.denoiser.service import DenoiserService
 from services.encoder.service import EncoderService
-from services.pose import service as pose_service
+from services.pose.fit import halve
 from services.pose.service import PoseService
 from services.vae.service import VaeService
 from tests.services.serving import serving
@@ -183,8 +183,7 @@ async def test_joints_of_a_driving_clip_are_found(chain: Chain, suite: Suite, tm
 
 
 async def test_a_mirrored_pose_misses(chain: Chain, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    halve = pose_service.halve
-    monkeypatch.setattr(pose_service, "halve", lambda frame: np.ascontiguousarray(halve(frame)[:, ::-1]))
+    monkeypatch.setattr("services.pose.service.halve", lambda frame: np.ascontiguousarray(halve(frame)[:, ::-1]))
     case = suite.motley[0]
     assert pck(await chain.animate(case), case) < FLOOR
 

@@ -40,7 +40,7 @@ def test_whole_clip_form_has_the_same_gradients(vae: Vae) -> None:
     gradients = []
     for form in (ClipVae(vae, compiled=False).posterior, lambda clip: vae.posterior(clip, Past())):
         vae.zero_grad()
-        form(frames(5))[0].square().sum().backward()
+        form(frames(5))[0].square().sum().backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         gradients.append([p.grad.clone() for p in vae.encoder.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) == len(list(vae.encoder.parameters()))
     for one, other in zip(*gradients, strict=True):

@@ -67,7 +67,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
 
 def test_first_window_is_conditioned_as_the_denoiser_does(samples: Samples) -> None:
     geometry = Geometry.of(samples, TRANSFORMER.head_dim, pose_time_origin=ORIGIN)
-    noisy = normal(2, 16, 3, 8, 8)
+    noisy = normal(2, 16, 3, 8, 8) * 2
     served = animation(samples.reference, samples.pose, TRANSFORMER.head_dim, pose_time_origin=ORIGIN)
     state = served.with_known(torch.cat([torch.zeros(2, 16, 1, 8, 8), noisy], dim=2))
     given = model_input(noisy, samples, torch.tensor([False, False]), geometry)
@@ -80,7 +80,7 @@ def test_first_window_is_conditioned_as_the_denoiser_does(samples: Samples) -> N
 
 def test_later_window_is_conditioned_as_the_denoiser_does(samples: Samples) -> None:
     geometry = Geometry.of(samples, TRANSFORMER.head_dim, pose_time_origin=ORIGIN)
-    noisy = normal(2, 16, 3, 8, 8)
+    noisy = normal(2, 16, 3, 8, 8) * 2
     served = animation(
         samples.reference,
         samples.pose,
@@ -99,7 +99,7 @@ def test_velocity_is_that_of_the_served_forward_pass(samples: Samples) -> None:
     torch.manual_seed(0)
     model = DiffusionTransformer(TRANSFORMER)
     geometry = Geometry.of(samples, TRANSFORMER.head_dim, pose_time_origin=ORIGIN)
-    latents = model_input(normal(2, 16, 3, 8, 8), samples, torch.tensor([False, True]), geometry)
+    latents = model_input(normal(2, 16, 3, 8, 8) * 2, samples, torch.tensor([False, True]), geometry)
     pose, timesteps = pose_input(samples), torch.tensor([875.0, 31.0])
     with torch.no_grad():
         context = model.embed_context(normal(2, 5, 16), normal(2, 3, 8))

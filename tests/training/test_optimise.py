@@ -88,11 +88,12 @@ def test_average_follows_and_can_be_put_in_and_out() -> None:
 def training(seed: int) -> tuple[State, RecordedStep]:
     torch.manual_seed(seed)
     model = nn.Linear(4, 4)
-    optimiser = Optimiser([model.weight], [model.bias], rate=0.02)
+    weight, bias = model.parameters()
+    optimiser = Optimiser([weight], [bias], rate=0.02)
     average = Average(model.parameters(), decay=0.9)
 
     def one_step() -> Tensor:
-        loss = (model(torch.randn(8, 4)) - 1).square().mean()
+        loss: Tensor = (model(torch.randn(8, 4)) - 1).square().mean()
         optimiser.step(loss)
         average.update()
         return loss.detach()
@@ -120,8 +121,8 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: Pat
     run(second, step, progress, 12)
     for a, b in zip(whole.modules["model"].parameters(), second.modules["model"].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-    for a, b in zip(whole.average.weights, second.average.weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for one, other in zip(whole.average.weights, second.average.weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_training_stops_at_its_deadline_and_logs_the_loss(tmp_path: Path) -> None:

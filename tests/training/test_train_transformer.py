@@ -18,6 +18,9 @@ RECIPE = Recipe(batch=4)
 SIGMAS = torch.tensor([0.3, 0.9])
 
 
+NOISE = torch.randn(2, 16, 2, 4, 4, generator=torch.Generator().manual_seed(1000))
+
+
 def normal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -52,7 +55,7 @@ def omissions(*, text: bool = False, reference: bool = False, known_first: bool 
 
 @torch.no_grad()
 def test_a_given_first_frame_is_not_predicted(training: Training) -> None:
-    noise = normal(2, 16, 2, 4, 4)
+    noise = NOISE
     other = torch.cat([noise[:, :, :1] + 1, noise[:, :, 1:]], dim=2)
     errors = [training.error(training.samples, SIGMAS, n, omissions(known_first=True)) for n in (noise, other)]
     assert errors[0][0] != errors[1][0]
@@ -61,7 +64,7 @@ def test_a_given_first_frame_is_not_predicted(training: Training) -> None:
 
 @torch.no_grad()
 def test_left_out_captions_are_replaced_by_those_that_say_nothing(training: Training) -> None:
-    noise, samples = normal(2, 16, 2, 4, 4), training.samples
+    noise, samples = NOISE, training.samples
     left_out = training.predicted(samples, SIGMAS, noise, omissions(text=True))
     said = training.predicted(samples, SIGMAS, noise, omissions())
     silent = replace(samples, tokens=torch.stack([samples.tokens[0], torch.tensor([9, 1] + [0] * 62)]))
@@ -72,7 +75,7 @@ def test_left_out_captions_are_replaced_by_those_that_say_nothing(training: Trai
 
 @torch.no_grad()
 def test_without_a_reference_neither_of_its_forms_is_seen(training: Training) -> None:
-    noise, samples = normal(2, 16, 2, 4, 4), training.samples
+    noise, samples = NOISE, training.samples
     others = replace(samples, reference=samples.reference + 1, picture=samples.picture + 1)
     for given, same in ((omissions(), False), (omissions(reference=True), True)):
         one, other = (training.predicted(batch, SIGMAS, noise, given)[1] for batch in (samples, others))
@@ -81,7 +84,7 @@ def test_without_a_reference_neither_of_its_forms_is_seen(training: Training) ->
 
 @torch.no_grad()
 def test_error_is_that_of_the_velocity_weighted_where_the_figure_is(training: Training) -> None:
-    noise, samples = normal(2, 16, 2, 4, 4), training.samples
+    noise, samples = NOISE, training.samples
     off = training.predicted(samples, SIGMAS, noise, omissions()) - (noise - samples.video)
     weight = (1 + 2 * samples.figure)[:, None].expand_as(off)
     expected = (off.square() * weight).sum((1, 2, 3, 4)) / weight.sum((1, 2, 3, 4))
