@@ -170,6 +170,8 @@ class VideoWriter:
         stream = self._container.add_stream("libx264", rate=frames_per_second, options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
+        # With several threads the same frames did not always give the same bytes (5 of 34 videos on a busy machine)
+        context.thread_count = 1
         context.time_base = self._frame_duration_s = 1 / frames_per_second
         context.colorspace, context.color_range = Colorspace.ITU709.value, ColorRange.MPEG.value
         context.color_primaries, context.color_trc = ColorPrimaries.BT709.value, ColorTrc.BT709.value

@@ -29,11 +29,13 @@ def promtool(directory: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(["promtool", *arguments], cwd=directory, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_alerts_fire_when_they_should_and_rules_give_the_right_seconds(directory: Path) -> None:
     done = promtool(directory, "test", "rules", TESTS.name)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_threshold_that_is_off_is_found(directory: Path) -> None:
     rules = (directory / "rules.yaml").read_text()
     assert rules.count("> 0.05") == 1

@@ -104,7 +104,14 @@ def test_one_request_is_one_trace_through_all_processes(
 ) -> None:
     generation = ended(
         client,
-        client.animate(reference_image=picture, pose_video=pose_video, num_inference_steps=1, height=32, width=32),
+        client.animate(
+            reference_image=picture,
+            pose_video=pose_video,
+            prompt="nothing of it is kept from another",
+            num_inference_steps=1,
+            height=96,
+            width=32,
+        ),
     )
     assert len(generation.trace_id) == 32
     expected = {f"bunraku-{name}" for name in ("gateway", "encoder", "pose", "denoiser", "vae")}
