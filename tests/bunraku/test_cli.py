@@ -341,6 +341,7 @@ def test_status_is_a_table_and_fails_when_a_stage_is_down(bunraku: CommandLine, 
     assert bunraku("status") == 1
 
 
+@pytest.mark.slow
 def test_status_is_watched_until_ctrl_c_also_while_the_gateway_is_away(
     bunraku: CommandLine, fake: FakeGateway, gateway: GatewayThread
 ) -> None:

@@ -161,6 +161,7 @@ async def test_the_character_does_the_driving_motion(chain: Chain, suite: Suite)
         assert known_again(video, case, suite)
 
 
+@pytest.mark.slow
 async def test_captions_make_effects(chain: Chain, suite: Suite) -> None:
     right = []
     for case in suite.effects:

@@ -105,6 +105,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pb.Genera
         server.stop(None).wait()
 
 
+@pytest.mark.slow
 def test_spans_explain_ninety_nine_hundredths_of_the_time(traced: tuple[pb.Generation, list[Seen]]) -> None:
     generation, spans = traced
     parts = [span for span in spans if span.name != telemetry.SPAN_GENERATION]
