@@ -22,7 +22,8 @@ class DenoiserSettings(BaseSettings):
         default="gpu_only", description="hybrid: blocks that do not fit into vram stay in host memory and are streamed"
     )
     vram: ByteSize | None = Field(
-        default=None, description="of hybrid, as 4GiB: what the process may use; not set: vram_fraction of the device"
+        default=None,
+        description="of hybrid, as 4GiB: what the process may use; not set: what is free of vram_fraction of the device",
     )
 
 

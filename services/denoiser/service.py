@@ -81,6 +81,9 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`."""
         if bundle.task != "animate":
             raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
+        if memory_mode == HYBRID and vram_bytes is None and not runtime.device.startswith("cuda"):
+            _log.warning("memory mode hybrid without a GPU is cpu_only: the weights are in host memory as it is")
+            memory_mode = CPU_ONLY
         if memory_mode == CPU_ONLY:
             runtime.device = "cpu"
         runtime.memory_mode = _MEMORY_MODES[memory_mode]
@@ -117,9 +120,8 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
     def _budget(self, device: torch.device) -> int:
         if self._vram_bytes is not None:
             return self._vram_bytes
-        if device.type != "cuda":
-            raise BundleError("memory mode hybrid needs a number of bytes where there is no GPU: set vram")
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
 
     def _longest(self) -> int:
         """Tokens of the longest clip that the bundle has as a default: a window of its size."""
