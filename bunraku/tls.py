@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import grpc
 
@@ -26,6 +28,12 @@ class TlsFiles:
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a TLS certificate needs its key, and a key its certificate")
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """As BUNRAKU_TLS_CA, BUNRAKU_TLS_CERTIFICATE and BUNRAKU_TLS_KEY name them."""
+        named = (os.environ.get(f"BUNRAKU_TLS_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
+        return cls(*(Path(name) if name else None for name in named))
 
     def __bool__(self) -> bool:
         return any((self.ca, self.certificate))

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from bunraku.cli.display import Display, Row
 from bunraku.client import CHUNK_BYTES
 from bunraku.errors import InvalidRequest, StageBroken, from_rpc_error
+from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import pose_pb2_grpc, tensor_pb2
 
@@ -64,14 +65,14 @@ class Extraction:
     max_frames: int
     crf: int
 
-    async def run(self, address: str, display: Display) -> str:
+    async def run(self, address: str, display: Display, tls: TlsFiles = NO_TLS) -> str:
         """Does it with the pose stage at `address`, and says in words what came out.
 
         Raises:
             BunrakuError: the stage refuses, or cannot be reached.
         """
         steps = Steps(display)
-        async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+        async with _channel(address, tls) as channel:
             stub: Any = pose_pb2_grpc.PoseServiceStub(channel)
             answers = _whole(stub.ExtractPose(self._messages(), wait_for_ready=False))
             try:
@@ -124,6 +125,12 @@ class Extraction:
         sides = (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
         height, width = (max(1, round(side / _SIZE_MULTIPLE)) * _SIZE_MULTIPLE for side in sides)
         return height, width
+
+
+def _channel(address: str, tls: TlsFiles) -> grpc.aio.Channel:
+    if tls:
+        return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL_OPTIONS)
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
 class Steps:

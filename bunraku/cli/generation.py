@@ -35,14 +35,9 @@ async def connected(address: str | None) -> AsyncIterator[AsyncClient]:
     The key and the certificates come from the environment, as keys on a command line can be read by everybody.
     """
     key = os.environ.get("BUNRAKU_API_KEY", "")
-    async with AsyncClient(address or DEFAULT_ADDRESS, api_key=key, tls=_tls_files()) as client:
+    async with AsyncClient(address or DEFAULT_ADDRESS, api_key=key, tls=TlsFiles.of_environment()) as client:
         await client.connect()
         yield client
-
-
-def _tls_files() -> TlsFiles:
-    named = (os.environ.get(f"BUNRAKU_TLS_{name}") for name in ("CA", "CERTIFICATE", "KEY"))
-    return TlsFiles(*(Path(name) if name else None for name in named))
 
 
 def state_name(state: pb.GenerationState.ValueType) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bunraku.cli import options
+from bunraku.tls import NO_TLS, TlsFiles
 
 if TYPE_CHECKING:
     from bunraku.cli.extraction import Extraction
@@ -85,18 +86,18 @@ def pose(
         crf=15 if crf is None else crf,
     )
     if address is not None:
-        run(_extract(extraction, address))
+        run(_extract(extraction, address, TlsFiles.of_environment()))
     else:
         run(_extract_locally(extraction, bundle, models, devices))
 
 
-async def _extract(extraction: Extraction, address: str) -> None:
+async def _extract(extraction: Extraction, address: str, tls: TlsFiles = NO_TLS) -> None:
     from rich.console import Console
 
     from bunraku.cli.display import Display
 
     with Display(Console(stderr=True)) as display:
-        summary = await extraction.run(address, display)
+        summary = await extraction.run(address, display, tls)
     typer.echo(summary)
 
 

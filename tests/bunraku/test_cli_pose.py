@@ -19,8 +19,10 @@ from PIL import Image
 
 from bunraku import cli
 from bunraku.cli.extraction import _ranges
+from bunraku.tls import TlsFiles
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import pose_pb2_grpc, tensor_pb2
+from scripts.certificates import write_certificates
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 9
 Frames = npt.NDArray[np.uint8]
@@ -116,6 +118,23 @@ def bunraku(fake: FakePose, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return run
 
 
+@pytest.fixture
+def secure_fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePose]:
+    """Takes calls over TLS only, from who has a certificate of its authority; the environment has one."""
+    directory = tmp_path / "certificates"
+    write_certificates(directory)
+    files = [directory / name for name in ("ca.crt", "pose.crt", "pose.key")]
+    servicer, server = FakePose(), grpc.server(ThreadPoolExecutor(1))
+    pose_pb2_grpc.add_PoseServiceServicer_to_server(servicer, server)
+    port = server.add_secure_port("127.0.0.1:0", TlsFiles(*files).server_credentials())
+    servicer.address = f"127.0.0.1:{port}"  # type: ignore[attr-defined]
+    for name, file in zip(("CA", "CERTIFICATE", "KEY"), files, strict=True):
+        monkeypatch.setenv(f"BUNRAKU_TLS_{name}", str(file))
+    server.start()
+    yield servicer
+    server.stop(0).wait()
+
+
 def _write_video(path: Path, height: int, width: int) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24)
@@ -148,6 +167,25 @@ def test_the_frames_of_the_stage_become_a_video(bunraku: Any, fake: FakePose, tm
     assert "detect: running, 4 of 9 frames" in err
     assert "render: done, 9 of 9 frames" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dance.mp4", "new.mp4"]
+
+
+def test_a_stage_is_called_over_tls_with_the_certificates_of_the_environment(
+    secure_fake: FakePose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write_video(Path("dance.mp4"), 70, 100)
+    address = secure_fake.address  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "argv", ["bunraku", "pose", "dance.mp4", "--pose", address, "-o", "new.mp4"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert len(_read_video(tmp_path / "new.mp4")[0]) == FRAMES
+    monkeypatch.delenv("BUNRAKU_TLS_CA")
+    monkeypatch.delenv("BUNRAKU_TLS_CERTIFICATE")
+    monkeypatch.delenv("BUNRAKU_TLS_KEY")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code != 0
 
 
 def test_the_stage_is_asked_for_what_was_said(bunraku: Any, fake: FakePose, tmp_path: Path) -> None:
