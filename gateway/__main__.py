@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Collection
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,10 +30,10 @@ from gateway.levels import publish_levels
 from gateway.outputs import OutputStore
 from gateway.requests import ModelSpec
 from gateway.service import GatewayService
-from gateway.stages import connect
+from gateway.stages import Stages, connect
 from gateway.worker import Worker, WorkerSettings
 from runtime import telemetry
-from runtime.bundles import BundleError, load_bundle
+from runtime.bundles import Bundle, BundleError, load_bundle
 from runtime.client import Retry
 from runtime.logs import Form, configure_logging
 from runtime.server import build_server, health_server, listen, stop_signal
@@ -83,32 +85,70 @@ class GatewaySettings(AccessSettings):
         return {name: [address.strip() for address in value.split(",")] for name, value in stages.items()}
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the gateway is made of."""
+
+    bundle: Bundle
+    store: JobStore
+    assets: AssetStore
+    outputs: OutputStore
+    stages: Stages
+
+
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT. Generations that were being worked on are taken up again at the next start."""
     stop = stop_signal()
+    async with AsyncExitStack() as closing:  # in the reverse order
+        parts = _parts(settings, closing)
+        if not await _opened(parts.store, stop):
+            return
+        if not settings.database:  # nobody else works on what is in the file
+            for job in await parts.store.claims.take_back():
+                _log.info("%s was being worked on when the gateway stopped", job.name)
+        healthy = await _listening(settings, parts, closing)
+        closing.enter_context(telemetry.metrics_endpoint(settings.metrics_address))
+        tasks = _working(settings, parts, closing)
+        closing.push_async_callback(healthy.enter_graceful_shutdown)
+        await _ended(stop, tasks)
+
+
+def _parts(settings: GatewaySettings, closing: AsyncExitStack) -> Parts:
     provider = telemetry.configure("gateway", settings.otlp_endpoint)
+    if provider is not None:
+        closing.callback(provider.shutdown)
     bundle = load_bundle(settings.bundle)
-    models = [ModelSpec.from_bundle(bundle)]
     settings.data.mkdir(parents=True, exist_ok=True)
     shared_memory = SharedMemory.create(settings.shared_memory_directory) if settings.shared_memory else None
+    if shared_memory is not None:
+        closing.callback(shared_memory.close)
+    addresses = settings.stage_addresses()
     store = JobStore(
         settings.database or settings.data / "gateway.sqlite",
         max_queued=settings.max_queued,
-        parallel=len(settings.stage_addresses()["denoiser"]),
+        parallel=len(addresses["denoiser"]),
     )
+    closing.push_async_callback(store.close)
     files = settings.blobs("assets") if settings.storage else None
     assets = AssetStore(settings.data / "assets", files, max_size_bytes=settings.max_upload_bytes)
-    stages = connect(settings.stage_addresses(), shared_memory, settings.stages_tls())
-    if not await _opened(store, stop):
-        return
-    if not settings.database:  # nobody else works on what is in the file
-        for job in await store.claims.take_back():
-            _log.info("%s was being worked on when the gateway stopped", job.name)
     outputs = OutputStore(settings.blobs("outputs"), capacity_bytes=settings.output_cache_bytes)
-    worker = Worker(store, assets, stages, {bundle.name: bundle}, _worker_settings(settings), outputs)
-    server = build_server(Authentication(KeyStore(store.database), required=settings.require_keys))
+    closing.push_async_callback(outputs.close)
+    stages = connect(addresses, shared_memory, settings.stages_tls())
+    closing.push_async_callback(stages.close)
+    return Parts(bundle, store, assets, outputs, stages)
+
+
+async def _listening(settings: GatewaySettings, parts: Parts, closing: AsyncExitStack) -> health.aio.HealthServicer:  # type: ignore[name-defined]  # missing in its stubs
+    """Begins to serve; at the end calls under way have `grace_s`."""
+    server = build_server(Authentication(KeyStore(parts.store.database), required=settings.require_keys))
     service = GatewayService(
-        store, assets, stages, models, int(settings.max_seconds), settings.fetcher(), settings.input_limits()
+        parts.store,
+        parts.assets,
+        parts.stages,
+        [ModelSpec.from_bundle(parts.bundle)],
+        int(settings.max_seconds),
+        settings.fetcher(),
+        settings.input_limits(),
     )
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, server)
     healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
@@ -117,41 +157,50 @@ async def serve(settings: GatewaySettings) -> None:
         reflection.enable_server_reflection([GatewayService.full_name, reflection.SERVICE_NAME], server)
     port = listen(server, settings.address, settings.clients_tls())
     servers = [server, *([health_server(healthy, settings.health_address)] if settings.health_address else [])]
+
+    async def stop_servers() -> None:
+        await asyncio.gather(*(each.stop(settings.grace_s) for each in servers))
+
+    closing.push_async_callback(stop_servers)
     await asyncio.gather(*(each.start() for each in servers))
     for name in ("", GatewayService.full_name):
         await healthy.set(name, health_pb2.HealthCheckResponse.ServingStatus.SERVING)
     _log.info("listening on port %d, data in %s", port, settings.data)
-    tasks = [
-        asyncio.create_task(work)
-        for work in (
-            worker.run(),
-            keep_clean(store, assets, settings.ages()),
-            outputs.keep_tidy(),
-            publish_levels(store),
-            telemetry.watch_event_loop(),
-        )
-    ]
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        with telemetry.metrics_endpoint(settings.metrics_address):
-            await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                if task.done():
-                    task.result()
-    finally:
-        stopping.cancel()
-        await healthy.enter_graceful_shutdown()
+    return healthy
+
+
+def _working(settings: GatewaySettings, parts: Parts, closing: AsyncExitStack) -> list[asyncio.Task[None]]:
+    """Begins to work on generations and to keep house."""
+    bundles = {parts.bundle.name: parts.bundle}
+    worker = Worker(parts.store, parts.assets, parts.stages, bundles, _worker_settings(settings), parts.outputs)
+    works = (
+        worker.run(),
+        keep_clean(parts.store, parts.assets, settings.ages()),
+        parts.outputs.keep_tidy(),
+        publish_levels(parts.store),
+        telemetry.watch_event_loop(),
+    )
+    tasks = [asyncio.create_task(work) for work in works]
+
+    async def cancel() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(each.stop(settings.grace_s) for each in servers))
-        await stages.close()
-        await outputs.close()
-        await store.close()
-        if shared_memory is not None:
-            shared_memory.close()
-        if provider is not None:
-            provider.shutdown()
+
+    closing.push_async_callback(cancel)
+    return tasks
+
+
+async def _ended(stop: asyncio.Event, tasks: Collection[asyncio.Task[None]]) -> None:
+    """Waits until the gateway is to stop. Raises what ends a task before its time."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({*tasks, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 def _worker_settings(settings: GatewaySettings) -> WorkerSettings:

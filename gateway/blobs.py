@@ -29,6 +29,8 @@ Bytes = bytes | memoryview
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _RETRY_S, _RETRIES = 3, 60, 10, 5
 _ARRIVING = ".arriving"
 _CHUNK_BYTES = 8 << 20
+# Every mapping holds an open file for as long as somebody has what was read; to copy less than this takes no time
+_MAPPED_FROM_BYTES = 1 << 20
 _RENAMES = 100
 
 
@@ -312,17 +314,15 @@ def _blob(meta: Any) -> Blob:
 def _mapped(path: Path, name: str) -> memoryview:
     """A file as memory, read ahead of its use: no copy, and whoever uses it does not wait for the disk."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        file = path.open("rb", buffering=0)
     except FileNotFoundError as error:
         raise _not_found(name) from error
-    try:
-        size = os.fstat(descriptor).st_size
-        if size == 0:
-            return memoryview(b"")
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size < _MAPPED_FROM_BYTES:
+            return memoryview(file.read())
         populate: int = getattr(mmap, "MAP_POPULATE", 0)
-        return memoryview(mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ))
-    finally:
-        os.close(descriptor)
+        return memoryview(mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED | populate, prot=mmap.PROT_READ))
 
 
 def _written(file: Any, chunk: Bytes) -> None:

@@ -122,38 +122,52 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._claims.keep())
-                for _ in range(self._settings.max_running):
-                    group.create_task(self._work_on_jobs(lambda: -1))
-                    group.create_task(self._work_on_jobs(self._urgent_priority))
+                while True:
+                    running = self._begun(await self._next_job())
+                    group.create_task(self._work_on_job(running))
         finally:
             with suppress(NotReady, TimeoutError):  # others take it over when the leases have run out
                 async with asyncio.timeout(_HANDED_BACK_WITHIN_S):
                     await self._claims.hand_back()
 
-    async def _work_on_jobs(self, above_priority: Callable[[], int | None]) -> None:
+    async def _next_job(self) -> Job:
         while True:
             try:
-                await self.work_on(await self._claims.next_job(above_priority))
+                return await self._claims.next_job(self._above_priority)
             except BunrakuError as error:
-                # the database is away or the claim is over; jobs stay where they are
-                _log.warning("%s", error.message)
+                _log.warning("%s", error.message)  # the database is away
                 await asyncio.sleep(1)
 
-    def _urgent_priority(self) -> int | None:
-        """What is begun beyond `max_running` has a higher priority than this; None: nothing is."""
+    def _above_priority(self) -> int | None:
+        """What is begun next has a higher priority than this; None: nothing is."""
         if len(self._running) < self._settings.max_running:
-            return None
-        return min(running.job.priority for running in self._running)
+            return -1
+        if len(self._running) < 2 * self._settings.max_running:
+            return min(running.job.priority for running in self._running)
+        return None
+
+    async def _work_on_job(self, running: Running) -> None:
+        try:
+            await self.work_on(running)
+        except BunrakuError as error:
+            # the database is away or the claim is over; the job stays where it is
+            _log.warning("%s", error.message)
 
     async def _denoisers(self) -> int:
-        return len(await self._stages.denoiser.client.endpoints())
+        """Generations that all replicas together denoise at the same time."""
+        endpoints = await self._stages.denoiser.client.endpoints()
+        return sum(endpoint.load.slots if endpoint.load is not None else 1 for endpoint in endpoints)
 
-    async def work_on(self, job: Job) -> None:
-        """One generation, to its end or to where it is stopped."""
+    def _begun(self, job: Job) -> Running:
         report = ProgressReport(lambda told: stored(lambda: self._claims.report(job, told)))
         running = Running(job, Turn(job.priority, job.number), report)
-        attributes = {telemetry.ATTRIBUTE_GENERATION: job.name}
         self._running.add(running)
+        return running
+
+    async def work_on(self, running: Running) -> None:
+        """One generation, to its end or to where it is stopped."""
+        job = running.job
+        attributes = {telemetry.ATTRIBUTE_GENERATION: job.name}
         try:
             with telemetry.span(
                 telemetry.SPAN_GENERATION, attributes, parent=telemetry.from_trace_parent(job.trace_parent)
@@ -162,6 +176,7 @@ class Worker:
                 await self._work_on(running)
         finally:
             self._running.discard(running)
+            self._claims.look_again()
 
     async def _work_on(self, running: Running) -> None:
         job, report = running.job, running.report

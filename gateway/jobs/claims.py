@@ -88,7 +88,7 @@ class Claims:
         """As `claim_next`, but waits until there is one.
 
         Args:
-            above_priority: asked before each claim; None: not now.
+            above_priority: asked before each claim; None: not now. `look_again` says that its answer has changed.
         """
         with self._signals.listen(WORK) as signal:
             while True:
@@ -101,6 +101,10 @@ class Claims:
                     if job is not None:
                         return job
                 await wait(signal, self._poll_s)
+
+    def look_again(self) -> None:
+        """Has `next_job` ask again what it may begin."""
+        self._signals.wake(WORK)
 
     @property
     def shared(self) -> bool:

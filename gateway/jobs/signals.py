@@ -62,12 +62,13 @@ class Signals:
     def notify(self, *keys: str) -> None:
         """Wakes whoever waits for one of the keys, in every gateway."""
         for key in keys:
-            self._wake(key)
+            self.wake(key)
         if self._tasks:
             self._outgoing.update(keys)
             self._has_outgoing.set()
 
-    def _wake(self, key: str) -> None:
+    def wake(self, key: str) -> None:
+        """Wakes whoever waits for a key in this process."""
         for signal in self._listeners.get(key, ()):
             signal.set()
 
@@ -79,11 +80,11 @@ class Signals:
                 async with await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=2) as connection:
                     await connection.execute(f"LISTEN {_CHANNEL}")
                     for key in list(self._listeners):
-                        self._wake(key)  # what was told while nobody listened
+                        self.wake(key)  # what was told while nobody listened
                     async for message in connection.notifies():
                         sender, _, key = message.payload.partition(":")
                         if sender != self._sender:
-                            self._wake(key)
+                            self.wake(key)
             except (psycopg.Error, OSError) as error:
                 _log.warning("no wake-ups from other gateways: %s", str(error).strip())
             await asyncio.sleep(_RECONNECT_S)
