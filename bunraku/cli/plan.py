@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bunraku.cli import options
+from bunraku.cli.plan_vae import show_vae
 
 if TYPE_CHECKING:
     from services.denoiser.model import TransformerConfig
     from services.denoiser.plan import MemoryPlan, Weights
 
 GIB = 1024**3
+
+
+class PlannedStage(StrEnum):
+    DENOISER = "denoiser"
+    VAE = "vae"
 
 
 def plan(
@@ -22,10 +29,12 @@ def plan(
         int | None, typer.Option("--frames", min=1, help="Of one window; not given: the bundle's.")
     ] = None,
     vram: Annotated[
-        str | None, typer.Option("--vram", help="What the denoiser may use, as 4GiB; not given: a table of sizes.")
+        str | None, typer.Option("--vram", help="What the stage may use, as 4GiB; not given: a table of sizes.")
     ] = None,
+    step_cache: Annotated[bool, typer.Option("--step-cache", help="Leave room for a step cache.")] = False,
+    stage: Annotated[PlannedStage, typer.Option("--stage", help="Of which stage.")] = PlannedStage.DENOISER,
 ) -> None:
-    """Says beforehand what of the denoiser fits into a GPU's memory, and what it costs. Needs no GPU and no weights."""
+    """Says beforehand what of a stage fits into a GPU's memory, and what it costs. Needs no GPU and no weights."""
     from rich.console import Console
 
     from bunraku.cli.display import write_table
@@ -37,29 +46,32 @@ def plan(
     from services.denoiser.weights import unloaded_transformer
 
     found = load_bundle(bundle_directory(bundle))
+    width, height = _parsed_size(size) if size else (found.video.width, found.video.height)
+    if stage is PlannedStage.VAE:
+        show_vae(found, width, height, _parsed_bytes(vram) if vram else None)
+        return
     component = found.component("transformer")
     config = configuration(component, PRESETS, TransformerConfig)
-    width, height = _parsed_size(size) if size else (found.video.width, found.video.height)
     num_frames = frames or found.video.window_frames
     weights = weights_of(unloaded_transformer(config, quantized=bool(component.quantization)))
-    tokens = animation_tokens(height, width, num_frames)
+    tokens, branches = animation_tokens(height, width, num_frames), 2 if step_cache else 0
     typer.echo(f"{found.name}: {width}x{height}, {num_frames} frames, {tokens} tokens")
     if vram is not None:
         try:
-            _show_one(plan_memory(weights, config, tokens, _parsed_bytes(vram)), weights)
+            _show_one(plan_memory(weights, config, tokens, _parsed_bytes(vram), branches), weights)
         except DoesNotFit as error:
             raise typer.BadParameter(f"{error}; use a smaller size or fewer frames", param_hint="--vram") from error
         return
-    rows = [_row(weights, config, tokens, gibibytes) for gibibytes in (4, 6, 8, 12, 16, 24, 32, 48, 80)]
+    rows = [_row(weights, config, tokens, gibibytes, branches) for gibibytes in (4, 6, 8, 12, 16, 24, 32, 48, 80)]
     columns = ["vram", "blocks on the device", "tokens at once", "peak", "host memory", "streamed each pass"]
     write_table(Console(), columns, rows)
 
 
-def _row(weights: Weights, config: TransformerConfig, tokens: int, gibibytes: int) -> list[str]:
+def _row(weights: Weights, config: TransformerConfig, tokens: int, gibibytes: int, branches: int) -> list[str]:
     from services.denoiser.plan import DoesNotFit, plan_memory
 
     try:
-        found = plan_memory(weights, config, tokens, gibibytes * GIB)
+        found = plan_memory(weights, config, tokens, gibibytes * GIB, branches)
     except DoesNotFit:
         return [f"{gibibytes} GiB", "does not fit", "", "", "", ""]
     return [f"{gibibytes} GiB", *_cells(found, weights)]

@@ -15,7 +15,7 @@ Source: Wan-Video/Wan2.2 wan/modules/vae2_1.py and vae2_2.py, commit 42bf4cf.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -111,13 +111,64 @@ PRESETS: Mapping[str, VaeConfig] = {
 }
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Into how many tiles frames are cut where that is asked for (services/vae/tiles.py)."""
+
+    rows: int
+    columns: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+
 class Past:
     """What the layers remember of one clip between chunks: the last input frames of every convolution over time."""
 
-    def __init__(self) -> None:
+    def __init__(self, grid: Grid = Grid(1, 1), *, is_hosted: bool = False) -> None:
+        """For a new clip.
+
+        Args:
+            grid: of the tiles that the channels-last walk computes one by one; a plain forward pass has no tiles.
+            is_hosted: whether what a tile remembers waits in host memory until its next turn.
+        """
+        self.grid, self.is_hosted = grid, is_hosted
         self.at_start = True
         """Whether the chunk under way holds the clip's first frame; it passes the changes of frame rate alone."""
         self.frames: dict[nn.Module, Tensor] = {}
+        self._parts: dict[Hashable, Past] = {}
+        self._away: dict[nn.Module, Tensor] = {}
+
+    def part(self, key: Hashable) -> Past:
+        """The past of a part of the clip that is computed by itself: of one sample, or of one tile."""
+        part = self._parts.setdefault(key, Past(self.grid, is_hosted=self.is_hosted))
+        part.at_start = self.at_start
+        return part
+
+    def fetch(self, device: torch.device) -> None:
+        """Brings what was put away to the device."""
+        away = self._away.items()
+        self.frames = {layer: frames.to(device, non_blocking=True, copy=True) for layer, frames in away}
+
+    def put_away(self) -> None:
+        """Moves all frames to host memory: pinned, so that the copies wait in the device's queue and not here."""
+        for layer, frames in self.frames.items():
+            if layer not in self._away:
+                host = "meta" if frames.is_meta else "cpu"
+                self._away[layer] = torch.empty_like(frames, device=host, pin_memory=frames.is_cuda)
+            self._away[layer].copy_(frames, non_blocking=True)
+        self.frames = {}
+
+    def as_large_as(self, other: Past) -> None:
+        """Remembers as many bytes as another past of the same layers, of any values."""
+        self.frames = {layer: torch.empty_like(frames) for layer, frames in other.frames.items()}
+        self._away = {layer: torch.empty_like(frames) for layer, frames in other._away.items()}
+
+    def hosted(self) -> Iterator[Tensor]:
+        """What is in host memory, of all parts."""
+        yield from self._away.values()
+        for part in self._parts.values():
+            yield from part.hosted()
 
     def join(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
         """Puts the last `count` frames that `layer` saw (at first zeros) before `x`; remembers the new last ones."""
@@ -163,11 +214,16 @@ class CausalConv3d(Causal, nn.Conv3d):
         if is_first and x.shape[2] == self.kernel_size[0]:
             # one frame behind nothing but zeros meets only the kernel's last tap: a third of the work
             return F.conv2d(x[:, :, -1], self.weight[:, :, -1], self.bias, padding=self.borders).unsqueeze(2)
-        padding = (0, *self.borders)
-        if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-            # what F.conv3d comes to for all but small inputs; for those its own choice is 4 to 15 times slower
-            return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, 1)
-        return F.conv3d(x, self.weight, self.bias, self.stride, padding)
+        return convolve(x, self.weight, self.bias, self.stride, (0, *self.borders))
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, int, int]
+) -> Tensor:
+    """F.conv3d, without its own choice for small inputs on a CPU, which is 4 to 15 times slower than oneDNN."""
+    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
 
 
 class RMSNorm(nn.Module):
@@ -429,31 +485,33 @@ class Vae(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv1.weight.dtype
 
-    def encode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def encode_stream(self, chunks: Iterable[Tensor], past: Past | None = None) -> Iterator[Tensor]:
         """Encodes frames as they come.
 
         Args:
             chunks: frames [B, 3, n, H, W] in [-1, 1], any n; H and W multiples of `config.pixels_per_latent`. Frames
                 after the last whole group of four are dropped, as in the released code.
+            past: a new one, to have tiles.
 
         Yields:
             latents [B, z_dim, 1, h, w], float32, normalised: one for the first frame, one for every further four.
         """
-        past = Past()
+        past = past or Past()
         for group in regroup(chunks, first=1, then=self.config.frames_per_latent):
             yield self.encode_group(group, past)
 
-    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Iterable[Tensor], past: Past | None = None) -> Iterator[Tensor]:
         """Decodes latents as they come.
 
         Args:
             latents: [B, z_dim, t, h, w], normalised. With t = 1 the least memory is used; a larger t gives the same
                 frames up to rounding.
+            past: a new one, to have tiles.
 
         Yields:
             frames [B, 3, n, H, W], float32, about [-1, 1] but not clamped: 1 for the clip's first latent, 4 for others.
         """
-        past = Past()
+        past = past or Past()
         for chunk in latents:
             yield self.decode_group(chunk, past)
 

@@ -20,6 +20,14 @@ def test_a_table_shows_what_stays_on_devices_of_many_sizes() -> None:
     assert "40 of 40" in shown.output
 
 
+def test_room_for_a_step_cache_is_counted() -> None:
+    # without one 4 GiB do: the table's first row
+    asked = ["plan", "--bundle", BUNDLE, "--size", "896x512", "--frames", "81", "--vram", "4GiB", "--step-cache"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 2
+    assert "need 5.2" in shown.output
+
+
 def test_a_budget_that_is_too_small_is_refused_with_what_is_needed() -> None:
     shown = CliRunner().invoke(app, ["plan", "--bundle", BUNDLE, "--size", "896x512", "--vram", "2GiB"])
     assert shown.exit_code == 2
@@ -32,3 +40,18 @@ def test_values_that_are_none_are_refused_by_their_option(option: str, value: st
     shown = CliRunner().invoke(app, ["plan", "--bundle", BUNDLE, option, value])
     assert shown.exit_code == 2
     assert option in shown.output
+
+
+def test_the_vae_is_planned_in_tiles_where_whole_frames_do_not_fit() -> None:
+    asked = ["plan", "--bundle", BUNDLE, "--size", "254x126", "--stage", "vae"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0
+    assert "256x128" in shown.output  # whole latents
+    rows = [line.split()[:3] for line in shown.output.splitlines() if "GiB  " in line]
+    assert rows == [[str(gibibytes), "GiB", "whole"] for gibibytes in (3, 4, 6, 8, 12, 16, 24)]
+    little = CliRunner().invoke(app, [*asked, "--vram", "1.6GiB"])
+    assert "encode: 1x2 tiles" in little.output
+    assert "of host memory" in little.output
+    refused = CliRunner().invoke(app, [*asked, "--vram", "1GiB"])
+    assert refused.exit_code == 2
+    assert "--vram" in refused.output

@@ -29,8 +29,8 @@ ASKS: dict[str, tuple[str, Callable[[Served[Any]], Awaitable[Any]], Callable[[An
     "EncodeText": ("encoder", lambda s: encoder.encode_text(s, "a dance"), lambda s: s._text.model),
     "EncodeImage": ("encoder", encoder.encode_image, lambda s: next(iter(s._image.values())).model),
     "Denoise": ("denoiser", denoiser.run, lambda s: s._model),
-    "Encode": ("vae", lambda s: vae.encode(s, vae.clip(5)), lambda s: s._vae.encoder),
-    "Decode": ("vae", lambda s: vae.decode(s, vae.some_latents(2)), lambda s: s._vae.decoder),
+    "Encode": ("vae", lambda s: vae.encode(s, vae.clip(5)), lambda s: s._vae.conv1),
+    "Decode": ("vae", lambda s: vae.decode(s, vae.some_latents(2)), lambda s: s._vae.conv2),
 }
 
 

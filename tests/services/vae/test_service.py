@@ -9,6 +9,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bunraku.errors import InvalidRequest, NotThereYet
+from bunraku.errors import InvalidRequest, NotThereYet, OutOfMemory
 from bunraku.v1 import stage_pb2
 from bunraku.v1 import vae_pb2 as pb
 from runtime.bundles import Bundle, BundleError
@@ -26,8 +27,10 @@ from runtime.tensors import FLOAT32, UINT8, WireTensor
 from runtime.torch_tensors import from_torch, to_torch
 from runtime.weights import CheckpointMismatch
 from services.vae.color import match_colors
-from services.vae.model import Vae, from_uint8, to_uint8
-from services.vae.service import VaeService
+from services.vae.model import Decoder, Encoder, Grid, Vae, from_uint8, to_uint8
+from services.vae.plan import Tiling
+from services.vae.service import VaeService, dtype_of
+from services.vae.tiles import Cut, cut_of
 from tests.services.serving import Served, serving, until
 from training.write_tiny_bundle import write_vae
 
@@ -36,8 +39,10 @@ HEIGHT, WIDTH = 32, 16
 Stage = Served[VaeService]
 
 
-def stage(bundle: Bundle, **options: Any) -> AbstractAsyncContextManager[Stage]:
-    return serving("vae", VaeService, bundle, **options)
+def stage(
+    bundle: Bundle, *, precision: str = "auto", vram_bytes: int | None = None, **options: Any
+) -> AbstractAsyncContextManager[Stage]:
+    return serving("vae", partial(VaeService, precision=precision, vram_bytes=vram_bytes), bundle, **options)
 
 
 def clip(num_frames: int, seed: int = 0) -> Tensor:
@@ -64,7 +69,8 @@ def portions(frames: Tensor, sizes: Sequence[int]) -> list[WireTensor]:
 
 
 async def encode(of: Stage, frames: Tensor, sizes: Sequence[int] = ()) -> Tensor:
-    answers = await of.ask("Encode", encode_first(len(frames)), portions(frames, sizes or [len(frames)]))
+    first = encode_first(len(frames), height=frames.shape[1], width=frames.shape[2])
+    answers = await of.ask("Encode", first, portions(frames, sizes or [len(frames)]))
     return to_torch(answers.one("latents"))
 
 
@@ -502,6 +508,65 @@ async def test_shared_memory_changes_no_bit_and_leaves_nothing_behind(
         call.cancel()
         await asyncio.wait([call])
     assert os.listdir(tmp_path) == []
+
+
+async def test_tiles_of_the_plan_are_computed_and_change_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = clip(9).repeat(1, 2, 4, 1)  # 64x64
+    async with stage(bundle) as plenty:
+        latents = await encode(plenty, frames)
+        whole = await decode(plenty, latents)
+    asked: list[Any] = []
+    cut: list[str] = []
+
+    def planned(*arguments: Any, clips: int) -> Tiling:
+        asked.append((*arguments[1:], clips))
+        return Tiling(Grid(2, 2), is_hosted=True, device_bytes=0, host_bytes=0)
+
+    def noted(half: Encoder | Decoder) -> Cut:
+        cut.append(type(half).__name__)
+        return cut_of(half)
+
+    monkeypatch.setattr("services.vae.service.plan_tiles", planned)
+    monkeypatch.setattr("services.vae.channels_last.cut_of", noted)
+    async with stage(bundle, limits=Limits(max_concurrent=3), vram_bytes=2**30) as short:
+        torch.testing.assert_close(await encode(short, frames), latents, atol=1e-5, rtol=1e-5)
+        assert ((await decode(short, latents)).int() - whole.int()).abs().max() <= 1
+    assert asked == [("encode", 64, 64, 2**30, 3), ("decode", 64, 64, 2**30, 3)]
+    assert cut == ["Encoder"] * 3 + ["Decoder"] * 3
+
+
+async def test_what_exceeds_the_budget_is_refused_with_the_numbers(bundle: Bundle) -> None:
+    async with stage(bundle, vram_bytes=2**20) as vae:
+        text = r"16x32 takes 0\.\d\d GiB with whole frames.*; the budget is 0\.00 GiB"
+        with pytest.raises(OutOfMemory, match=f"to encode {text}"):
+            await encode(vae, clip(1))
+        with pytest.raises(OutOfMemory, match=f"to decode {text}"):
+            await decode(vae, some_latents(1))
+        assert not vae.runtime.status().work
+
+
+async def test_balanced_computes_in_float16(bundle: Bundle) -> None:
+    async with stage(bundle) as exact, stage(bundle, precision="balanced") as balanced:
+        expected, found = await encode(exact, clip(5)), await encode(balanced, clip(5))
+        [component] = (await balanced.status()).components
+    assert component.dtype == "float16"
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+def test_precision_follows_the_device() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    names = [
+        (name, device.type, dtype_of(name, device)) for name in ("auto", "exact", "balanced") for device in (cpu, gpu)
+    ]
+    assert [name[:2] for name in names if name[2] == torch.float16] == [
+        ("auto", "cuda"),
+        ("balanced", "cpu"),
+        ("balanced", "cuda"),
+    ]
 
 
 async def test_status_tells_of_the_model(bundle: Bundle) -> None:
