@@ -136,6 +136,13 @@ class AnimateArguments(TypedDict, total=False):
     guidance_scale_low_noise: float | None
     shift: float | None
     solver: str | None
+    step_cache: str | None
+    step_cache_speedup: float | None
+    step_cache_start: float | None
+    guidance_start: float | None
+    guidance_end: float | None
+    cfg_zero_star: bool | None
+    zero_init_steps: int | None
     height: int | None
     width: int | None
     size_mode: str | None

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from bunraku.v1 import denoiser_pb2
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.jobs.claims import Told
 from gateway.jobs.costs import Cost
@@ -55,6 +56,8 @@ class Report(Protocol):
 
     def partial(self, completed_frames: int, total_frames: int) -> None: ...
 
+    def denoised(self, window: int, forward_passes: denoiser_pb2.ForwardPasses) -> None: ...
+
     def stage(self, stage: str, *, window: int = 0, windows: int = 1) -> AbstractContextManager[None]: ...
 
 
@@ -93,6 +96,7 @@ class ProgressReport:
         self._stages: dict[str, _StageState] = {}
         self._begun = time.monotonic()
         self._steps_run = 0
+        self._forward_passes: dict[int, denoiser_pb2.ForwardPasses] = {}
         self._events: asyncio.Queue[pb.WatchGenerationResponse] = asyncio.Queue()
         self._news, self._ending = asyncio.Event(), asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -150,9 +154,26 @@ class ProgressReport:
         partial = pb.PartialVideo(completed_frames=completed_frames, total_frames=total_frames)
         self._tell(pb.WatchGenerationResponse(partial=partial))
 
+    def denoised(self, window: int, forward_passes: denoiser_pb2.ForwardPasses) -> None:
+        """What the denoiser computes for a window; the last word on it counts."""
+        self._forward_passes[window] = forward_passes
+
+    @property
+    def forward_passes(self) -> denoiser_pb2.ForwardPasses | None:
+        """Of all windows so far; None where the denoiser has not said."""
+        if not self._forward_passes:
+            return None
+        windows = self._forward_passes.values()
+        return denoiser_pb2.ForwardPasses(
+            computed=sum(window.computed for window in windows),
+            reused=sum(window.reused for window in windows),
+            omitted=sum(window.omitted for window in windows),
+        )
+
     def message(self) -> pb.GenerationProgress:
         """How far the generation has come, and an estimate of what is left."""
-        progress = pb.GenerationProgress(stages=[state.message for state in self._stages.values()])
+        stages = [state.message for state in self._stages.values()]
+        progress = pb.GenerationProgress(stages=stages, forward_passes=self.forward_passes)
         progress.fraction = min(1.0, self._done() / sum(_WEIGHTS.values()))
         elapsed = time.monotonic() - self._begun
         if progress.fraction > 0.02:

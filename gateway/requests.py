@@ -27,6 +27,9 @@ MAX_SEED = 2**63 - 1
 DEFAULT_CRF = 8  # Source: the default of Wan2GP, libx264_8
 MIN_SOURCE_FRAMES = 5  # two latent frames; SCAIL was not trained on fewer
 
+STEP_CACHES = ("tea", "mag")
+STEP_CACHE_SPEEDUP = 1.75  # Source: the default of Wan2GP
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SIZE_MODES = (pb.SIZE_MODE_UNSPECIFIED, pb.SIZE_MODE_BUDGET, pb.SIZE_MODE_FIT, pb.SIZE_MODE_CROP)
 
@@ -337,6 +340,29 @@ def _sampling_violations(sampling: pb.SamplingParameters, model: ModelSpec | Non
         yield "sampling.shift", f"must be 0.1 to 100, got {sampling.shift:g}"
     if sampling.solver not in ("", *SOLVERS):
         yield "sampling.solver", f"must be one of {', '.join(SOLVERS)}, got {sampling.solver[:100]!r}"
+    yield from _step_violations(sampling, model)
+
+
+def _step_violations(sampling: pb.SamplingParameters, model: ModelSpec | None) -> Iterator[Violation]:
+    """Of what is computed otherwise than at every step in full."""
+    speedup, start, end = sampling.step_cache_speedup, sampling.guidance_start, sampling.guidance_end
+    if sampling.step_cache not in ("", *STEP_CACHES):
+        yield "sampling.step_cache", f"must be one of {', '.join(STEP_CACHES)}, got {sampling.step_cache[:100]!r}"
+    if not sampling.step_cache and sampling.HasField("step_cache_speedup"):
+        yield "sampling.step_cache_speedup", "goes with step_cache only"
+    elif sampling.HasField("step_cache_speedup") and not 1 <= speedup <= 3:
+        yield "sampling.step_cache_speedup", f"must be 1 to 3, got {speedup:g}"
+    if not sampling.step_cache and sampling.step_cache_start:
+        yield "sampling.step_cache_start", "goes with step_cache only"
+    elif not 0 <= sampling.step_cache_start <= 1:
+        yield "sampling.step_cache_start", f"must be 0 to 1, got {sampling.step_cache_start:g}"
+    if not 0 <= start < 1:
+        yield "sampling.guidance_start", f"must be 0 to less than 1, got {start:g}"
+    elif sampling.HasField("guidance_end") and not start < end <= 1:
+        yield "sampling.guidance_end", f"must be above guidance_start, {start:g}, up to 1, got {end:g}"
+    steps = sampling.num_inference_steps or (model.num_inference_steps if model is not None else 0)
+    if steps and sampling.zero_init_steps >= steps:
+        yield "sampling.zero_init_steps", f"must be less than the {steps} steps, got {sampling.zero_init_steps}"
 
 
 def _output_violations(output: pb.OutputParameters, model: ModelSpec | None) -> Iterator[Violation]:
@@ -395,6 +421,8 @@ def _with_defaults(
     if not sampling.HasField("shift"):
         sampling.shift = model.shift
     sampling.solver = sampling.solver or model.solver
+    if sampling.step_cache and not sampling.HasField("step_cache_speedup"):
+        sampling.step_cache_speedup = STEP_CACHE_SPEEDUP
     output.size_mode = output.size_mode or pb.SIZE_MODE_BUDGET
     if not output.HasField("crf"):
         output.crf = DEFAULT_CRF

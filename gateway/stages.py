@@ -356,6 +356,8 @@ class DenoiserStage:
             with work.report.stage("denoise", window=window, windows=windows):
                 steps = parameters.num_inference_steps
                 work.report.progress("denoise", steps, steps, window=window, windows=windows)
+                if "forward_passes" in found.facts:
+                    work.report.denoised(window, denoiser_pb2.ForwardPasses(**found.facts["forward_passes"]))
             return found
         run = _Run(self.client, work, parameters, conditioning.tensors, window, windows)
         async with work.turn():
@@ -410,7 +412,7 @@ class _Run:
         reader = _DenoiseReader(self.work.report, self.window, self.windows, arrived)
         async with self.client.call(self.work.budget, generation=self.work.generation, attempt=number) as call:
             latents = await reader.read(call, first, tensors)
-            return StageOutput({"latents": latents}, revision=call.revision)
+            return StageOutput({"latents": latents}, reader.facts, call.revision)
 
 
 def denoise_recipe(parameters: denoiser_pb2.DenoiseParameters, conditioning: Conditioning) -> Recipe:
@@ -434,6 +436,7 @@ class _DenoiseReader:
     def __init__(self, report: Report, window: int, windows: int, on_checkpoint: Callable[[_Checkpoint], None]) -> None:
         self._report, self._window, self._windows = report, window, windows
         self._on_checkpoint = on_checkpoint
+        self.facts: dict[str, Any] = {}  # what the denoiser said of the latents
         self._total_steps = self._completed_steps = 0
         self._pending: denoiser_pb2.Checkpoint | None = None
         self._pending_tensors: dict[str, WireTensor] = {}
@@ -459,6 +462,10 @@ class _DenoiseReader:
         kind = message.WhichOneof("message")
         if kind == "plan":
             self._total_steps, self._completed_steps = message.plan.num_inference_steps, message.plan.completed_steps
+            if message.plan.HasField("forward_passes"):
+                passes = message.plan.forward_passes
+                self._report.denoised(self._window, passes)
+                self.facts = {"forward_passes": {f.name: getattr(passes, f.name) for f in passes.DESCRIPTOR.fields}}
         elif kind == "step":
             self._completed_steps = message.step.completed_steps
         elif kind == "checkpoint":

@@ -57,6 +57,11 @@ _SOLVERS = {
     "dpm++": denoiser_pb2.Solver.SOLVER_DPMPP,
     "euler": denoiser_pb2.Solver.SOLVER_EULER,
 }
+_STEP_CACHES = {
+    "": denoiser_pb2.StepCache.STEP_CACHE_UNSPECIFIED,
+    "tea": denoiser_pb2.StepCache.STEP_CACHE_TEA,
+    "mag": denoiser_pb2.StepCache.STEP_CACHE_MAG,
+}
 
 
 @dataclass(frozen=True)
@@ -282,7 +287,7 @@ class Worker:
                 try:
                     await animate(animation, self._stages, work, output.open)
                     with report.stage("write"):
-                        await output.close()
+                        await output.close(report.forward_passes)
                 finally:
                     await output.abandon()
             with telemetry.span(telemetry.SPAN_KEEP):
@@ -336,6 +341,13 @@ class Worker:
             shift=sampling.shift,
             solver=_SOLVERS[sampling.solver],
             seed=sampling.seed,
+            step_cache=_STEP_CACHES[sampling.step_cache],
+            step_cache_speedup=sampling.step_cache_speedup if sampling.step_cache else None,
+            step_cache_start=sampling.step_cache_start,
+            guidance_start=sampling.guidance_start,
+            guidance_end=sampling.guidance_end if sampling.HasField("guidance_end") else None,
+            cfg_zero_star=sampling.cfg_zero_star,
+            zero_init_steps=sampling.zero_init_steps,
             pose_time_origin=pose_time_origin,
             preview_every_steps=1 if request.output.previews else 0,
             checkpoint_every_steps=self._settings.checkpoint_every_steps,
@@ -356,18 +368,18 @@ class Output:
         self._num_frames = motion.num_frames
         return self._video
 
-    async def close(self) -> None:
-        """Writes the file."""
-        await self._video.join(self._path, self._request.animate.prompt, self._settings())
+    async def close(self, forward_passes: denoiser_pb2.ForwardPasses | None) -> None:
+        """Writes the file; forward_passes: what the denoiser has computed for it, where that is known."""
+        await self._video.join(self._path, self._request.animate.prompt, self._settings(forward_passes))
 
     async def abandon(self) -> None:
         """Closes what is open of a video that was not finished."""
         await self._video.abandon()
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, forward_passes: denoiser_pb2.ForwardPasses | None) -> dict[str, Any]:
         """What is written into the file, beside its size: the request with every default, and what was decided."""
         request = json_format.MessageToDict(self._request, preserving_proto_field_name=True)
-        return {
+        settings = {
             "software": "bunraku",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "request": request,
@@ -375,6 +387,10 @@ class Output:
             "num_frames": self._num_frames,
             "frames_per_second": self._request.output.frames_per_second,
         }
+        if forward_passes is not None:
+            passes = {field.name: getattr(forward_passes, field.name) for field in forward_passes.DESCRIPTOR.fields}
+            settings["forward_passes"] = passes
+        return settings
 
 
 async def stored(write: Callable[[], Awaitable[T]]) -> T:

@@ -292,8 +292,10 @@ def device_fault(error: Exception) -> BunrakuError | None:
     return None
 
 
-def gate_blocks(blocks: Iterable[nn.Module], device: torch.device) -> Callable[[], None]:
-    """Makes a model stop within one block when its work is cancelled; returns what undoes it.
+def gate_blocks(
+    blocks: Iterable[nn.Module], device: torch.device, check: Callable[[], None] = raise_if_cancelled
+) -> Callable[[], None]:
+    """Makes a model stop within one block when its work is cancelled (`check` raises then); returns what undoes it.
 
     On a GPU kernels are queued far ahead of the device, so a flag alone would stop only what is not yet queued: each
     block is therefore queued when the device has finished the one before. The device then waits for the first kernel
@@ -306,7 +308,7 @@ def gate_blocks(blocks: Iterable[nn.Module], device: torch.device) -> Callable[[
     def before(module: nn.Module, arguments: Any) -> None:
         if finished:
             finished.pop().synchronize()
-        raise_if_cancelled()
+        check()
 
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
         if device.type == "cuda":

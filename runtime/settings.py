@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -71,9 +71,17 @@ class StageSettings(BaseSettings):
 
 
 MakeService = Callable[[StageRuntime, Bundle], Service]
+Serve = Callable[[Any, StageRuntime, ServerSettings], Awaitable[int]]
 
 
-def serve_stage(stage: str, make_service: MakeService, *, max_concurrent: int = 1, uses_torch: bool = True) -> None:
+def serve_stage(
+    stage: str,
+    make_service: MakeService,
+    *,
+    max_concurrent: int = 1,
+    uses_torch: bool = True,
+    serve: Serve = run,
+) -> None:
     """The whole life of a stage process; ends it with an exit status.
 
     Args:
@@ -81,18 +89,24 @@ def serve_stage(stage: str, make_service: MakeService, *, max_concurrent: int = 
         make_service: makes the service on its runtime and bundle.
         max_concurrent: calls at the same time where the settings do not say.
         uses_torch: whether `device` is to be looked for with torch.
+        serve: serves the service on its runtime until the end and gives the exit status.
     """
     settings = StageSettings()  # type: ignore[call-arg]  # its fields come from the environment
     configure_logging(stage, settings.log_level, settings.log_format)
     try:
-        sys.exit(asyncio.run(_serve(stage, make_service, settings, max_concurrent, uses_torch)))
+        sys.exit(asyncio.run(_serve(stage, make_service, settings, max_concurrent, uses_torch, serve)))
     except (BundleError, OSError) as error:
         _log.error("%s", error)
         sys.exit(2)
 
 
 async def _serve(
-    stage: str, make_service: MakeService, settings: StageSettings, max_concurrent: int, uses_torch: bool
+    stage: str,
+    make_service: MakeService,
+    settings: StageSettings,
+    max_concurrent: int,
+    uses_torch: bool,
+    serve: Serve,
 ) -> int:
     bundle = load_bundle(settings.bundle, settings.models)
     runtime = StageRuntime(
@@ -108,7 +122,7 @@ async def _serve(
         shared_memory=open_shared_memory(settings),
     )
     service = make_service(runtime, bundle)
-    return await run(service, runtime, settings.server_settings())
+    return await serve(service, runtime, settings.server_settings())
 
 
 def open_shared_memory(settings: StageSettings) -> SharedMemory | None:

@@ -1,6 +1,6 @@
 """Scores a bundle through its real services, and says whether every floor is reached.
 
-    python -m benchmarks.quality [--bundle DIR] [--bf16 FILE] [--clips N] [--effects N] [--json FILE] [--sheet FILE]
+    python -m benchmarks.quality [--bundle DIR] [--bf16 FILE] [--clips N] [--effects N] [--fewer] [--json FILE] [--sheet FILE]
 
 Starts the five processes, animates reference pictures of the held-out split after raw driving clips, and compares with
 what is known of both. Exit status 1 where a floor is missed. `--bf16` names the transformer before it was quantised.
@@ -49,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=12, help="whose poses are read; at least 2")
     parser.add_argument("--effects", type=int, default=12, help="clips whose captions ask for effects; at least 1")
     parser.add_argument("--quick", action="store_true", help="leaves out what has no floor")
+    parser.add_argument("--fewer", action="store_true", help="step caches, less guidance and fewer steps alone")
     parser.add_argument("--json", type=Path, help="file for the scores")
     parser.add_argument("--sheet", type=Path, help="PNG to look at")
     return parser.parse_args()
@@ -62,6 +63,10 @@ async def _measure(arguments: argparse.Namespace, directory: Path) -> list[Score
     suite = Suite.make(files, side, arguments.clips, arguments.effects)
     scores: list[Score] = []
     async with running(arguments.bundle, data) as services:
+        if arguments.fewer:
+            async for further in scoring.score_fewer(services, suite):
+                _tell(scores, further)
+            return scores
         _tell(scores, await scoring.score_vae(services, suite))
         _tell(scores, await scoring.score_extraction(services, suite))
         own, effects = await scoring.animate(services, suite)

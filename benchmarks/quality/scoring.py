@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,21 @@ from services.pose.skeleton import SLOT_JOINTS
 from training.figures.cameras import fitted_cameras, plain_cameras, projected
 from training.figures.measures import Truth, effects_asked, effects_shown, pose_hits, psnr, recognised
 
+FEWER: dict[str, dict[str, Any]] = {
+    "every step in full": {},
+    "mag 1.5": {"step_cache": "mag", "step_cache_speedup": 1.5},
+    "mag 2": {"step_cache": "mag", "step_cache_speedup": 2.0},
+    "tea 1.5": {"step_cache": "tea", "step_cache_speedup": 1.5},
+    "tea 2": {"step_cache": "tea", "step_cache_speedup": 2.0},
+    "3 steps": {"steps": 3},
+    "12 steps": {"steps": 12},
+    "12 steps, mag 1.75": {"steps": 12, "step_cache": "mag"},
+    "12 steps, tea 1.75": {"steps": 12, "step_cache": "tea"},
+    "guidance until half": {"guidance_end": 0.5},
+    "CFG-Zero*": {"cfg_zero_star": True},
+    "CFG-Zero*, 1 step of zero": {"cfg_zero_star": True, "zero_init_steps": 1},
+}
+"""Ways to fewer forward passes, and what they are to be compared with."""
 EXTRACTION_SIDE = 192
 """Errors of extracted poses are told in pixels of a picture of this side."""
 
@@ -146,6 +162,30 @@ def score_effects(videos: Sequence[Tensor], cases: Sequence[Case]) -> list[Score
         Score("caption: effect absent when not", mean(absent), "", 0.90, "at least", len(absent)),
         *each,
     ]
+
+
+async def score_fewer(services: Services, suite: Suite) -> AsyncIterator[list[Score]]:
+    """Animations with fewer forward passes, and what they are to be compared with."""
+    in_full: list[Tensor] = []
+    for name, arguments in FEWER.items():
+        named = name.replace(" ", "-").replace(",", "")
+        motley = await services.animate(suite.motley, [case.driving for case in suite.motley], named=named, **arguments)
+        effects = await services.animate(
+            suite.effects, [case.driving for case in suite.effects], named=f"{named}-effects", **arguments
+        )
+        present, absent, *_ = score_effects(effects, suite.effects)
+        in_full = in_full or motley  # the same seeds; the first is in full
+        alike = [psnr(video, whole) for video, whole in zip(motley, in_full, strict=True)] if arguments else []
+        yield [
+            *(
+                [Score(f"{name}: PSNR against every step in full", mean(alike), "dB", count=len(alike))]
+                if alike
+                else []
+            ),
+            Score(f"{name}: PCK@0.1", pck(motley, suite.motley), count=len(motley)),
+            replace(present, name=f"{name}: effect present when asked for", bound=None),
+            replace(absent, name=f"{name}: effect absent when not", bound=None),
+        ]
 
 
 async def score_guidance(services: Services, suite: Suite) -> list[Score]:

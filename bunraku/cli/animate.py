@@ -30,6 +30,10 @@ def animate(
     guidance_scale_low_noise: options.GuidanceLowNoise = None,
     shift: options.Shift = None,
     solver: options.Solver = None,
+    step_cache: options.StepCache = None,
+    guidance_interval: options.GuidanceInterval = None,
+    cfg_zero_star: options.CfgZeroStar = False,
+    zero_init_steps: options.ZeroInitSteps = None,
     crf: options.Crf = None,
     model: options.Model = None,
     window_overlap_frames: options.Overlap = None,
@@ -53,14 +57,29 @@ def animate(
     if detach and local:
         raise typer.BadParameter("cannot be given together with --local", param_hint="--detach")
     _check_output(output, reference_image, pose_video, driving_video, mask_video)
-    width, height = options.parse_size(size) if size is not None else (None, None)
-    arguments = _arguments({**context.params, "width": width, "height": height})
+    arguments = _arguments({**context.params, **_parsed(size, step_cache, guidance_interval)})
     from bunraku.cli.signals import run
 
     if local:
         run(_animate_locally(arguments, output, bundle, models, devices))
     else:
         run(_animate(arguments, output, gateway, detach=detach))
+
+
+def _parsed(size: str | None, step_cache: str | None, guidance_interval: str | None) -> dict[str, object]:
+    """Fields of the request that several to one option are."""
+    width, height = options.parse_size(size) if size is not None else (None, None)
+    method, speedup, start = options.parse_step_cache(step_cache) if step_cache is not None else (None, None, None)
+    begin, end = options.parse_interval(guidance_interval) if guidance_interval is not None else (None, None)
+    return {
+        "width": width,
+        "height": height,
+        "step_cache": method,
+        "step_cache_speedup": speedup,
+        "step_cache_start": start,
+        "guidance_start": begin,
+        "guidance_end": end,
+    }
 
 
 def _arguments(given: dict[str, Any]) -> AnimateArguments:

@@ -177,6 +177,7 @@ def _facts(generation: pb.Generation) -> list[tuple[str, object]]:
     from bunraku.cli.generation import state_name
 
     request, error = generation.request, generation.error
+    sampling, passes = request.sampling, generation.progress.forward_passes
     stage = f"{error.stage}: " if error.stage else ""
     facts: list[tuple[str, object]] = [
         ("name", generation.name),
@@ -187,8 +188,10 @@ def _facts(generation: pb.Generation) -> list[tuple[str, object]]:
         ("prompt", request.animate.prompt),
         ("size", f"{request.output.width}x{request.output.height}" if request.output.width else ""),
         ("frames", request.output.num_frames or ""),
-        ("seed", request.sampling.seed if request.sampling.HasField("seed") else ""),
-        ("steps", request.sampling.num_inference_steps or ""),
+        ("seed", sampling.seed if sampling.HasField("seed") else ""),
+        ("steps", sampling.num_inference_steps or ""),
+        ("step cache", f"{sampling.step_cache} {sampling.step_cache_speedup:g}" if sampling.step_cache else ""),
+        ("forward passes", f"{passes.computed} computed, {passes.reused} reused" if passes.computed else ""),
         ("video", f"{generation.video.name} ({size(generation.video.size_bytes)})" if generation.video.name else ""),
         ("created", f"{generation.create_time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"),
         ("trace", generation.trace_id),

@@ -42,6 +42,31 @@ GuidanceLowNoise = Annotated[
 ]
 Shift = Annotated[float | None, typer.Option("--shift", min=0.1, max=100, help="Shift of the noise levels.")]
 Solver = Annotated[Literal["unipc", "dpm++", "euler"] | None, typer.Option("--solver", help="Solver.")]
+StepCache = Annotated[
+    str | None,
+    typer.Option(
+        "--step-cache",
+        metavar="METHOD[:SPEEDUP[:START]]",
+        show_default="none",
+        help="tea or mag: takes over what the transformer did at earlier steps. SPEEDUP, 1 to 3: steps over those that are "
+        "computed, by default 1.75. START, 0 to 1: part of the steps that is computed in any case.",
+    ),
+]
+GuidanceInterval = Annotated[
+    str | None,
+    typer.Option(
+        "--guidance-interval",
+        metavar="START:END",
+        show_default="0:1",
+        help="Parts of the steps between which there is guidance.",
+    ),
+]
+CfgZeroStar = Annotated[
+    bool, typer.Option("--cfg-zero-star", help="Scales the negative branch to the positive one before guidance.")
+]
+ZeroInitSteps = Annotated[
+    int | None, typer.Option("--zero-init-steps", min=0, max=99, help="First steps with a velocity of zero.")
+]
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Width and height in pixels, such as 832x480.")]
 SizeMode = Annotated[
     Literal["budget", "fit", "crop"] | None,
@@ -129,6 +154,13 @@ OPTION_OF_FIELD = {
     "sampling.guidance_scale_low_noise": "--guidance-low-noise",
     "sampling.shift": "--shift",
     "sampling.solver": "--solver",
+    "sampling.step_cache": "--step-cache",
+    "sampling.step_cache_speedup": "--step-cache",
+    "sampling.step_cache_start": "--step-cache",
+    "sampling.guidance_start": "--guidance-interval",
+    "sampling.guidance_end": "--guidance-interval",
+    "sampling.cfg_zero_star": "--cfg-zero-star",
+    "sampling.zero_init_steps": "--zero-init-steps",
     "output.height": "--size",
     "output.width": "--size",
     "output.size_mode": "--size-mode",
@@ -157,6 +189,37 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (1 <= width <= _MAX_SIDE and 1 <= height <= _MAX_SIDE):
         raise typer.BadParameter(f"width and height must be 1 to {_MAX_SIDE}, got {text!r}", param_hint="--size")
     return width, height
+
+
+def parse_step_cache(text: str) -> tuple[str, float | None, float | None]:
+    """Method, speedup and start of `mag`, `mag:1.8` or `mag:1.8:0.1`; None: not given.
+
+    Raises:
+        BadParameter: it is something else.
+    """
+    method, *numbers = text.strip().lower().split(":")
+    try:
+        if method not in ("tea", "mag") or len(numbers) > 2:
+            raise ValueError
+        speedup, start, *_ = [*(float(number) for number in numbers), None, None]
+    except ValueError as error:
+        text = f"must be tea or mag, then a speedup and a start as in mag:1.8:0.1, got {text!r}"
+        raise typer.BadParameter(text, param_hint="--step-cache") from error
+    return method, speedup, start
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Start and end of `0.1:0.8`.
+
+    Raises:
+        BadParameter: it is something else.
+    """
+    try:
+        start, end = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        text = f"must be start:end, such as 0.1:0.8, got {text!r}"
+        raise typer.BadParameter(text, param_hint="--guidance-interval") from error
+    return start, end
 
 
 def generation_name(name: str) -> str:

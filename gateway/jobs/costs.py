@@ -37,7 +37,7 @@ class _Known:
 
 
 class Costs:
-    """Averages by kind of generation: model, size, length, guided or not."""
+    """Averages by kind of generation: model, size, length, and what of its steps is computed."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
@@ -85,8 +85,18 @@ class Costs:
 
 def _kind(request: pb.CreateGenerationRequest) -> str:
     output = request.output
-    guided = "guided" if request.sampling.guidance_scale != 1 else "plain"
-    return f"{request.model}/{output.height}x{output.width}x{output.num_frames}/{guided}"
+    size = f"{output.height}x{output.width}x{output.num_frames}"
+    return "/".join((request.model, size, *_passes(request.sampling)))
+
+
+def _passes(sampling: pb.SamplingParameters) -> list[str]:
+    """What of every step the transformer computes."""
+    guided = "guided" if sampling.guidance_scale != 1 else "plain"
+    start, end = sampling.guidance_start, sampling.guidance_end if sampling.HasField("guidance_end") else 1.0
+    if guided == "guided" and (start, end) != (0, 1):
+        guided += f" {start:g}-{end:g}"
+    cache = f"{sampling.step_cache} {sampling.step_cache_speedup:g} {sampling.step_cache_start:g}"
+    return [guided, *([cache] if sampling.step_cache else [])]
 
 
 def _volume(request: pb.CreateGenerationRequest) -> float:

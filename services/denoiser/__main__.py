@@ -1,12 +1,13 @@
 """`python -m services.denoiser`: the denoiser stage as a process. Settings: runtime.settings.StageSettings and these."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import ByteSize, Field
+from pydantic import AliasChoices, ByteSize, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from runtime.settings import serve_stage
+from services.denoiser.group import Leader, Place, Worker, serve_leader, serve_worker
 from services.denoiser.service import DenoiserService
 
 
@@ -25,13 +26,51 @@ class DenoiserSettings(BaseSettings):
         default=None,
         description="of hybrid, as 4GiB: what the process may use; not set: what is free of vram_fraction of the device",
     )
+    step_cache: bool = Field(
+        default=False, description="of hybrid: leaves room for requests that ask for a step cache; others are refused"
+    )
+
+
+class GroupSettings(BaseSettings):
+    """The processes that denoise together, under the names of LeaderWorkerSet or else of torchrun."""
+
+    model_config = SettingsConfigDict(frozen=True)
+
+    world_size: int = Field(default=1, ge=1, validation_alias=AliasChoices("LWS_GROUP_SIZE", "WORLD_SIZE"))
+    rank: int = Field(default=0, ge=0, validation_alias=AliasChoices("LWS_WORKER_INDEX", "RANK"))
+    leader: str = Field(default="", validation_alias=AliasChoices("LWS_LEADER_ADDRESS", "MASTER_ADDR"))
+    port: int = Field(default=29500, ge=1, le=65535, validation_alias="MASTER_PORT")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if self.rank >= self.world_size:
+            raise ValueError(f"the rank must be below the world size, {self.world_size}, got {self.rank}")
+        if self.rank and not self.leader:
+            raise ValueError("a worker needs the leader's address: LWS_LEADER_ADDRESS or MASTER_ADDR")
+        return self
+
+    def place(self) -> Place:
+        return Place(self.rank, self.world_size, self.leader, self.port)
+
+
+def main() -> None:
+    settings, group = DenoiserSettings(), GroupSettings()
+    make_service = partial(
+        DenoiserService,
+        precision=settings.precision,
+        memory_mode=settings.memory_mode,
+        vram_bytes=settings.vram,
+        step_cache=settings.step_cache,
+    )
+    if group.world_size == 1:
+        serve_stage("denoiser", make_service)
+    elif group.rank == 0:
+        leader = Leader(group.place())
+        serve_stage("denoiser", partial(make_service, group=leader), serve=partial(serve_leader, leader))
+    else:
+        worker = Worker(group.place())
+        serve_stage("denoiser", partial(make_service, group=worker), serve=partial(serve_worker, worker))
 
 
 if __name__ == "__main__":
-    settings = DenoiserSettings()
-    serve_stage(
-        "denoiser",
-        partial(
-            DenoiserService, precision=settings.precision, memory_mode=settings.memory_mode, vram_bytes=settings.vram
-        ),
-    )
+    main()

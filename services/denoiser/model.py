@@ -10,8 +10,9 @@ deepbeepmeep/Wan2GP 8681e9f). Architecture: Peebles & Xie 2022 (arXiv:2212.09748
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -308,8 +309,43 @@ class ImageProjection(nn.Module):
         return tokens
 
 
+class Team(Protocol):
+    """Who computes a forward pass: this process, or several that each have some of its tokens."""
+
+    def own(self, tokens: Tensor, time: TimeEmbedding, rope: Rope) -> tuple[Tensor, TimeEmbedding, Rope]:
+        """What of all tokens [B, L, D] and their tables the blocks of this process get."""
+        ...
+
+    def predicted(self, head: Head, tokens: Tensor, time: TimeEmbedding, count: int) -> Tensor:
+        """The head's patches [B, count, p] of the first `count` of all tokens, from the own ones."""
+        ...
+
+    def both(self, positive: Callable[[], Tensor], negative: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """What the forward passes of the two guidance branches predict."""
+        ...
+
+
+class Alone:
+    """This process computes everything."""
+
+    def own(self, tokens: Tensor, time: TimeEmbedding, rope: Rope) -> tuple[Tensor, TimeEmbedding, Rope]:
+        return tokens, time, rope
+
+    def predicted(self, head: Head, tokens: Tensor, time: TimeEmbedding, count: int) -> Tensor:
+        patches: Tensor = head(tokens[:, :count], time.tokens(slice(count)))
+        return patches
+
+    def both(self, positive: Callable[[], Tensor], negative: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        return positive(), negative()
+
+
+ALONE: Team = Alone()
+
+
 class DiffusionTransformer(nn.Module):
     """Predicts velocity = noise - clean latents."""
+
+    team: Team = ALONE
 
     def __init__(self, config: TransformerConfig, attention: Attention = AUTO, glue: Glue = PLAIN) -> None:
         super().__init__()
@@ -351,7 +387,7 @@ class DiffusionTransformer(nn.Module):
             [B, out_dim, T, h, w] float32.
         """
         time = self.embed_timestep(timestep, latents.device)
-        tokens = self.embed_tokens(latents, pose_latents)
+        tokens, time, rope = self.team.own(self.embed_tokens(latents, pose_latents), time, rope)
         for block in self.blocks:
             tokens = block(tokens, time, context, rope)
         return self.predict(tokens, time, latents.shape[2:])
@@ -394,8 +430,7 @@ class DiffusionTransformer(nn.Module):
     def predict(self, tokens: Tensor, time: TimeEmbedding, size: torch.Size) -> Tensor:
         """Tokens after the last block -> velocity [B, out_dim, *size]; tokens beyond those of `size` are left out."""
         grid = [length // patch for length, patch in zip(size, self.config.patch, strict=True)]
-        video = slice(0, grid[0] * grid[1] * grid[2])
-        patches: Tensor = self.head(tokens[:, video], time.tokens(video))
+        patches = self.team.predicted(self.head, tokens, time, grid[0] * grid[1] * grid[2])
         patches = patches.reshape(len(tokens), *grid, *self.config.patch, -1)
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 

@@ -26,15 +26,20 @@ class Placement:
     plan: MemoryPlan
     budget: int | None  # bytes; None: as much as there is
 
-    def check(self, tokens: int) -> None:
-        """Raises DoesNotFit, with the numbers, if a clip of so many tokens would exceed the budget."""
-        needed = plan_memory(self.weights, self.model.config, tokens, self.budget)
+    def check(self, tokens: int, cached_branches: int = 0) -> None:
+        """Raises DoesNotFit, with the numbers, if a clip of so many tokens would exceed the budget.
+
+        cached_branches: as of `plan_memory`.
+        """
+        needed = plan_memory(self.weights, self.model.config, tokens, self.budget, cached_branches)
+        clip = f"{tokens} tokens" + (" with a step cache" if cached_branches else "")
+        advice = f"({self.plan.device_bytes / GIB:.2f} GiB); plan for more when the stage starts"
         if needed.resident < self.plan.resident:
-            most = self.plan.device_bytes / GIB
-            raise DoesNotFit(
-                f"{tokens} tokens leave room for {needed.resident} blocks on the device where {self.plan.resident} were "
-                f"placed ({most:.2f} GiB); plan for longer clips when the stage starts"
-            )
+            room, placed = needed.resident, self.plan.resident
+            raise DoesNotFit(f"{clip} leave room for {room} blocks on the device where {placed} were placed {advice}")
+        at_once = min(self.plan.tokens_at_once or tokens, tokens)
+        if 0 < needed.tokens_at_once < at_once:
+            raise DoesNotFit(f"{clip} fit {needed.tokens_at_once} at once where {at_once} would be computed {advice}")
 
     def __str__(self) -> str:
         plan, blocks = self.plan, self.weights.num_blocks
@@ -43,18 +48,21 @@ class Placement:
         return f"{plan.resident} of {blocks} blocks on the device{pieces}{streamed}, {plan.device_bytes / GIB:.2f} GiB"
 
 
-def place(model: DiffusionTransformer, device: torch.device, budget: int | None, tokens: int) -> Placement:
+def place(
+    model: DiffusionTransformer, device: torch.device, budget: int | None, tokens: int, cached_branches: int = 0
+) -> Placement:
     """Places a model whose weights are in host memory (or, without a budget, on the device already).
 
     Args:
         budget: bytes that the process may use on the device; None: everything goes there.
         tokens: of the longest clip to plan for.
+        cached_branches: as of `plan_memory`.
 
     Raises:
         DoesNotFit: no plan is within the budget; the model is as it was then.
     """
     weights = weights_of(model)
-    plan = plan_memory(weights, model.config, tokens, budget)
+    plan = plan_memory(weights, model.config, tokens, budget, cached_branches)
     if plan.resident < weights.num_blocks:
         stream_weights(model, device, plan.resident)
     else:

@@ -44,27 +44,33 @@ class DoesNotFit(Exception):
     """No plan is within the budget; the message has the numbers."""
 
 
-def plan_memory(weights: Weights, config: TransformerConfig, tokens: int, budget: int | None) -> MemoryPlan:
+def plan_memory(
+    weights: Weights, config: TransformerConfig, tokens: int, budget: int | None, cached_branches: int = 0
+) -> MemoryPlan:
     """The plan with the most on the device that keeps within `budget` bytes (None: everything stays on the device).
 
     Args:
         tokens: of the longest clip.
+        cached_branches: guidance branches whose residual a step cache keeps; 0: no step cache.
 
     Raises:
         DoesNotFit: even with all blocks streamed and the shortest pieces.
     """
     whole = weights.num_blocks * (weights.block + weights.context) + weights.rest + weights.on_demand
+    kept = residuals(config, tokens, cached_branches)
     if budget is None:
-        return MemoryPlan(weights.num_blocks, 0, whole + activations(config, tokens, tokens), 0, 0)
+        return MemoryPlan(
+            weights.num_blocks, 0, whole + activations(config, tokens, tokens, cached_branches) + kept, 0, 0
+        )
     pieces = [piece for piece in (PIECE_TOKENS, PIECE_TOKENS // 2, PIECE_TOKENS // 4, SHORTEST_PIECE) if piece < tokens]
     for piece in (tokens, *pieces[:1]):  # pieces cost less than streaming, short ones more
-        needed = whole + activations(config, tokens, piece) + DEVICE_OVERHEAD_BYTES
+        needed = whole + activations(config, tokens, piece, cached_branches) + kept + DEVICE_OVERHEAD_BYTES
         if needed <= budget:
             return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed, 0, 0)
-    in_turn = _PLACES * weights.block + weights.context_linear + context_keys(config) + weights.rest
+    in_turn = _PLACES * weights.block + weights.context_linear + context_keys(config) + weights.rest + kept
     for piece in pieces or [tokens]:
         # the timestep's projection comes and goes before there are tokens
-        at_once = max(activations(config, tokens, piece), weights.on_demand)
+        at_once = max(activations(config, tokens, piece, cached_branches), weights.on_demand)
         needed = in_turn + at_once + DEVICE_OVERHEAD_BYTES
         if needed <= budget:
             return _streamed(weights, config, piece, needed, budget)
@@ -88,18 +94,25 @@ def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: i
     )
 
 
-def activations(config: TransformerConfig, tokens: int, piece: int) -> int:
+def activations(config: TransformerConfig, tokens: int, piece: int, cached_branches: int = 0) -> int:
     """Bytes of a forward pass besides weights: what stands for all tokens, and the intermediates of a piece.
 
     For all: the residual stream in float32, queries, keys and values in bfloat16, of which the queries' place takes
     what attention gathers, and the rotary tables. For a piece, at the widest (in the FFN): its norm as int8 and
-    bfloat16, the hidden in bfloat16 and as int8, the output.
+    bfloat16, the hidden in bfloat16 and as int8, the output. A step cache ends the pass with the residual stream, the
+    tokens embedded once more, and their parts.
     """
     heads = config.head_dim // 2 * 4 * 2
     for_all = tokens * (config.dim * (4 + 3 * 2) + heads)
     of_a_piece = piece * (config.ffn_dim * (2 + 1 + 2) + config.dim * (4 + 2 + 1 + 2 + 4))
     latents = 16 * 4 * 8 * tokens  # the solver's state and history, 16 channels of 4 pixels a token
-    return for_all + of_a_piece + latents
+    embedded_again = tokens * (config.dim * 4 * 3 + heads) if cached_branches else 0
+    return max(for_all + of_a_piece, embedded_again) + latents
+
+
+def residuals(config: TransformerConfig, tokens: int, branches: int) -> int:
+    """Bytes of what a step cache keeps between steps, in bfloat16."""
+    return branches * tokens * config.dim * 2
 
 
 def context_keys(config: TransformerConfig) -> int:

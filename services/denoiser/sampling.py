@@ -30,6 +30,7 @@ class SolverState:
     previous_x0: tuple[Tensor, ...] = ()  # clean predictions of the last steps, newest first
     previous_latents: Tensor | None = None  # the sample that the last step started from (corrected, if the solver does)
     last_order: int = 0  # order of the last step, 0 before the first
+    reused_latents: Tensor | None = None  # what the model saw at the step whose computation the next one reuses, if so
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The state as named float32 tensors and named integers."""
@@ -37,6 +38,8 @@ class SolverState:
         tensors |= {f"previous_x0.{age}": x0 for age, x0 in enumerate(self.previous_x0)}
         if self.previous_latents is not None:
             tensors["previous_latents"] = self.previous_latents
+        if self.reused_latents is not None:
+            tensors["reused_latents"] = self.reused_latents
         return tensors, {"step": self.step, "last_order": self.last_order}
 
     @classmethod
@@ -47,7 +50,7 @@ class SolverState:
             ValueError: a name is missing or unknown, or a tensor is not float32 or not shaped like the latents.
         """
         history = [f"previous_x0.{age}" for age in range(sum(name.startswith("previous_x0.") for name in tensors))]
-        _check_names("tensor", {"latents", *history}, {"previous_latents"}, set(tensors))
+        _check_names("tensor", {"latents", *history}, {"previous_latents", "reused_latents"}, set(tensors))
         _check_names("counter", {"step", "last_order"}, set(), set(counters))
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32 or tensor.shape != tensors["latents"].shape:
@@ -61,6 +64,7 @@ class SolverState:
             previous_x0=tuple(tensors[name] for name in history),
             previous_latents=tensors.get("previous_latents"),
             last_order=counters["last_order"],
+            reused_latents=tensors.get("reused_latents"),
         )
 
 

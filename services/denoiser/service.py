@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -19,19 +19,32 @@ from bunraku.v1 import denoiser_pb2_grpc, stage_pb2
 from runtime import telemetry
 from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
-from runtime.gpu import gate_blocks
+from runtime.fingerprint import fingerprint
+from runtime.gpu import gate_blocks, raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT32, FLOATS, WireTensor, require
 from runtime.torch_stage import compute_dtype, loaded_component
 from runtime.torch_tensors import from_torch, to_torch
 from services.denoiser.attention import AUTO
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise
-from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
+from services.denoiser.denoise import (
+    Expert,
+    Forwards,
+    Options,
+    Prompt,
+    Step,
+    check_reuse,
+    denoise,
+    plan_steps,
+    preview_rgb,
+)
+from services.denoiser.group import Leader, Worker
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
 from services.denoiser.placement import CPU_ONLY, GPU_ONLY, HYBRID, Placement, place
 from services.denoiser.plan import DoesNotFit, animation_tokens
 from services.denoiser.precision import arithmetic_of, default_precision, set_precision
 from services.denoiser.sampling import SOLVERS, Solver, SolverState, make_solver
+from services.denoiser.step_cache import DEFAULT_SPEEDUP, MAG, STEP_CACHES, TEA, StepCache
 from services.denoiser.weights import load_transformer
 
 _log = logging.getLogger(__name__)
@@ -60,6 +73,7 @@ _SOLVER_NAMES = {
     pb.Solver.SOLVER_DPMPP: "dpm++",
     pb.Solver.SOLVER_EULER: "euler",
 }
+_STEP_CACHE_NAMES = {pb.StepCache.STEP_CACHE_TEA: TEA, pb.StepCache.STEP_CACHE_MAG: MAG}
 _UNUSED_WHEN = {"image_embeds": "the model has no image branch", "history_latents": "history_frames is 0"}
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -77,8 +91,13 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         precision: str = AUTO_PRECISION,
         memory_mode: str = GPU_ONLY,
         vram_bytes: int | None = None,
+        step_cache: bool = False,
+        group: Leader | Worker | None = None,
     ) -> None:
-        """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`."""
+        """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`. group: None: alone.
+
+        step_cache: leaves room for one in the budget of hybrid.
+        """
         if bundle.task != "animate":
             raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
         if memory_mode == HYBRID and vram_bytes is None and not runtime.device.startswith("cuda"):
@@ -89,6 +108,8 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         runtime.memory_mode = _MEMORY_MODES[memory_mode]
         self._runtime, self._bundle, self._precision = runtime, bundle, precision
         self._memory_mode, self._vram_bytes = memory_mode, vram_bytes
+        self._cached_branches = 2 if step_cache else 0
+        self._group, self._leader = group, group if isinstance(group, Leader) else None
         self._placement: Placement
         self._model: DiffusionTransformer
 
@@ -100,9 +121,12 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         require_files(component)
         device = torch.device(self._runtime.device)
         hybrid = self._memory_mode == HYBRID
+        config = configuration(component, PRESETS, TransformerConfig)
+        if self._group is not None:
+            self._group.join(device, config.num_heads)
         self._model = load_transformer(
             component.files,
-            configuration(component, PRESETS, TransformerConfig),
+            config,
             device=torch.device("cpu") if hybrid else device,
             compute_dtype=compute_dtype(device),
             attention=AUTO,
@@ -112,10 +136,21 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             self._precision = default_precision(device)
         set_precision(self._model, self._precision, device)
         self._runtime.decisive["precision"] = self._precision
-        self._placement = place(self._model, device, self._budget(device) if hybrid else None, self._longest())
-        gate_blocks(self._model.blocks, device)
-        self._runtime.attention_backend = AUTO.name
+        budget = self._budget(device) if hybrid else None
+        self._placement = place(self._model, device, budget, self._longest(), self._cached_branches)
+        check = raise_if_cancelled
+        if self._group is not None:
+            self._runtime.decisive["ranks"] = str(self._group.place.world_size)
+            check = self._group.ready(self._model, f"{fingerprint(component)} {self._computes}")
+        gate_blocks(self._model.blocks, device, check)
+        self._runtime.attention_backend = AUTO.name if self._group is None else f"{AUTO.name}+ulysses"
         _log.info("precision %s: %s; %s", self._precision, arithmetic_of(self._model), self._placement)
+
+    @property
+    def _computes(self) -> str:
+        """What decides the bits of a result besides parameters and inputs."""
+        ranks = "" if self._group is None else f" {self._group.place.world_size} ranks"
+        return f"{self._bundle.revision} {self._precision}{ranks}"
 
     def _budget(self, device: torch.device) -> int:
         if self._vram_bytes is not None:
@@ -132,9 +167,9 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         first, tensors = await self._runtime.receive_call(requests, context, _TENSORS)
         plan = Plan.of(first.parameters, self._bundle)
         run = await self._runtime.gpu.run(lambda: self._prepare(plan, tensors))
-        yield pb.DenoiseResponse(plan=plan.message(completed_steps=run.state.step))
-        steps = self._runtime.gpu.stream(lambda: run.steps(plan))
-        async for outcome in steps:
+        yield pb.DenoiseResponse(plan=plan.message(run.state.step, run.forwards))
+        steps = self._runtime.gpu.stream(lambda: self._steps(run, plan, first.parameters, tensors))
+        async for outcome in steps if self._leader is None else self._leader.watched(steps):
             for message in self._outcome_messages(outcome, run.digest, context):
                 yield message
             if self._runtime.draining and outcome.latents is None:
@@ -144,19 +179,37 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
                     yield message
                 raise NotReady("the denoiser stage is draining; go on from the checkpoint", reason="STAGE_DRAINING")
 
+    def _steps(
+        self, run: Run, plan: Plan, parameters: pb.DenoiseParameters, tensors: Mapping[str, WireTensor]
+    ) -> Iterator[Outcome]:
+        """Of a run, with the rest of the group."""
+        if self._leader is None:
+            return run.steps(plan)
+        return self._leader.steps(parameters.SerializeToString(), tensors, run.steps(plan))
+
+    def follow(self, parameters: bytes, tensors: Mapping[str, WireTensor]) -> Iterator[Outcome]:
+        """The steps of a call that the leader of the group was given."""
+        given = pb.DenoiseParameters.FromString(parameters)
+        plan = replace(Plan.of(given, self._bundle), preview_every_steps=0, checkpoint_every_steps=0)
+        return self._prepare(plan, tensors).steps(plan)
+
     def _prepare(self, plan: Plan, tensors: Mapping[str, WireTensor]) -> Run:
         """Everything on the device that a run needs."""
         expects = Expectations(self._model.config, plan)
         try:
-            self._placement.check(animation_tokens(plan.height, plan.width, plan.num_frames))
+            tokens = animation_tokens(plan.height, plan.width, plan.num_frames)
+            self._placement.check(tokens, plan.cached_branches)
         except DoesNotFit as error:
             raise InvalidRequest(("num_frames", str(error))) from error
         device = torch.device(self._runtime.device)
         wired = expects.inputs(tensors)
-        # another precision gives other bits, so its checkpoints are no others' to go on from
-        digest = run_digest(plan, wired, f"{self._bundle.revision} {self._precision}")
+        # another precision or number of ranks gives other bits, so its checkpoints are no others' to go on from
+        digest = run_digest(plan, wired, self._computes)
         inputs = {name: to_torch(tensor).to(device) for name, tensor in wired.items()}
         solver = make_solver(plan.solver, plan.num_inference_steps, plan.shift)
+        start = solver.start(seeded_noise(expects.state_shape, plan.seed).to(device))
+        experts = [Expert(self._model, plan.guidance_scale)]
+        steps = plan_steps(experts, solver, plan.options, start.latents)
         conditioning = animation(
             inputs["reference_latents"].float(),
             inputs["pose_latents"].float(),
@@ -166,11 +219,11 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             frames_given=plan.history_frames,
         )
         if plan.start_from is not None:
-            state = restored(plan.start_from, tensors, digest, solver, expects.state_shape, device)
+            state = restored(plan.start_from, tensors, digest, solver, steps, expects.state_shape, device)
         else:
-            state = solver.start(seeded_noise(expects.state_shape, plan.seed).to(device))
+            state = start
         prompt = Prompt(inputs["prompt_embeds"], inputs.get("negative_prompt_embeds"), inputs.get("image_embeds"))
-        return Run(self._model, solver, state, conditioning, prompt, digest)
+        return Run(experts, solver, state, conditioning, prompt, digest, Forwards.of(steps))
 
     def _outcome_messages(self, outcome: Outcome, digest: str, context: Context) -> Iterator[Any]:
         telemetry.STEP_SECONDS.record(outcome.seconds)
@@ -226,6 +279,13 @@ class Plan:
     seed: int
     history_frames: int
     pose_time_origin: int
+    step_cache: str  # empty: none
+    step_cache_speedup: float
+    step_cache_start: float
+    guidance_start: float
+    guidance_end: float
+    cfg_zero_star: bool
+    zero_init_steps: int
     preview_every_steps: int
     checkpoint_every_steps: int
     start_from: pb.Checkpoint | None
@@ -245,6 +305,13 @@ class Plan:
             seed=p.seed,
             history_frames=p.history_frames,
             pose_time_origin=_given(p, "pose_time_origin", bundle.quirks.pose_time_origin),
+            step_cache=_STEP_CACHE_NAMES.get(p.step_cache, str(p.step_cache)) if p.step_cache else "",
+            step_cache_speedup=_given(p, "step_cache_speedup", DEFAULT_SPEEDUP),
+            step_cache_start=p.step_cache_start,
+            guidance_start=p.guidance_start,
+            guidance_end=_given(p, "guidance_end", 1.0),
+            cfg_zero_star=p.cfg_zero_star,
+            zero_init_steps=p.zero_init_steps,
             preview_every_steps=p.preview_every_steps,
             checkpoint_every_steps=p.checkpoint_every_steps,
             start_from=p.start_from if p.HasField("start_from") else None,
@@ -263,15 +330,33 @@ class Plan:
         given = self.history_frames
         fits = given == 0 or (given % 4 == 1 and given < self.num_frames)
         checks.that(fits, "history_frames", f"must be 0, or 4k + 1 and less than num_frames, got {given}")
-        checks.between("num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS)
+        if checks.between("num_inference_steps", self.num_inference_steps, 1, _MAX_STEPS):
+            checks.between("zero_init_steps", self.zero_init_steps, 0, self.num_inference_steps - 1)
         checks.between("guidance_scale", self.guidance_scale, 0, 30)
         checks.between("shift", self.shift, 0.1, 100)
         checks.that(self.solver in SOLVERS, "solver", f"must be {', '.join(SOLVERS)} or not set, got {self.solver}")
         checks.that(self.seed <= _MAX_SEED, "seed", f"must be 0 to 2^63 - 1, got {self.seed}")
         checks.between("pose_time_origin", self.pose_time_origin, 0, 1)
+        methods = ("", *STEP_CACHES)
+        checks.that(self.step_cache in methods, "step_cache", f"must be tea, mag or not set, got {self.step_cache}")
+        checks.between("step_cache_speedup", self.step_cache_speedup, 1, 3)
+        checks.between("step_cache_start", self.step_cache_start, 0, 1)
+        if checks.between("guidance_start", self.guidance_start, 0, 1):
+            above = self.guidance_start < self.guidance_end <= 1
+            checks.that(above, "guidance_end", f"must be above guidance_start, up to 1, got {self.guidance_end:g}")
         checks.done()
 
-    def message(self, completed_steps: int) -> pb.DenoisePlan:
+    @property
+    def options(self) -> Options:
+        cache = StepCache(self.step_cache, self.step_cache_speedup, self.step_cache_start) if self.step_cache else None
+        return Options(self.guidance_start, self.guidance_end, self.cfg_zero_star, self.zero_init_steps, cache)
+
+    @property
+    def cached_branches(self) -> int:
+        """Guidance branches whose residual a step cache keeps."""
+        return 1 + (self.guidance_scale != 1) if self.step_cache else 0
+
+    def message(self, completed_steps: int, forwards: Forwards) -> pb.DenoisePlan:
         solver = next(number for number, name in _SOLVER_NAMES.items() if name == self.solver)
         return pb.DenoisePlan(
             num_inference_steps=self.num_inference_steps,
@@ -279,6 +364,9 @@ class Plan:
             guidance_scale=self.guidance_scale,
             shift=self.shift,
             solver=solver,
+            forward_passes=pb.ForwardPasses(
+                computed=forwards.computed, reused=forwards.reused, omitted=forwards.omitted
+            ),
         )
 
 
@@ -371,21 +459,22 @@ class Outcome:
 class Run:
     """A denoise that is ready to begin, or to go on."""
 
-    model: DiffusionTransformer
+    experts: list[Expert]
     solver: Solver
     state: SolverState
     conditioning: Conditioning
     prompt: Prompt
     digest: str
+    forwards: Forwards
 
     @torch.inference_mode()
     def steps(self, plan: Plan) -> Iterator[Outcome]:
         """Takes the steps that are left. Raises StageBroken when latents are no longer finite."""
-        experts = [Expert(self.model, plan.guidance_scale)]
         begun = time.perf_counter()
         if self.state.step == plan.num_inference_steps:
             yield self._outcome(self.state, plan, begun)
-        for state in denoise(experts, self.solver, self.state, self.conditioning, self.prompt):
+        states = denoise(self.experts, self.solver, self.state, self.conditioning, self.prompt, plan.options)
+        for state in states:
             yield self._outcome(state, plan, begun)
             begun = time.perf_counter()  # now: whoever takes the steps may have let the last one wait
 
@@ -411,6 +500,7 @@ def restored(
     tensors: Mapping[str, WireTensor],
     digest: str,
     solver: Solver,
+    steps: Sequence[Step],
     shape: tuple[int, ...],
     device: torch.device,
 ) -> SolverState:
@@ -418,7 +508,8 @@ def restored(
 
     Raises:
         WrongState: the checkpoint is of another run.
-        InvalidRequest: its tensors are not those that it lists, or no run of this solver can have left its state.
+        InvalidRequest: its tensors are not those that it lists, or no run of this solver and these steps can have left
+            its state.
     """
     if checkpoint.run_digest != digest:
         text = "start_from is the checkpoint of another run: its parameters, inputs or weights differ"
@@ -434,6 +525,7 @@ def restored(
     try:
         state = SolverState.from_tensors(stored, dict(checkpoint.state))
         solver.check(state)
+        check_reuse(steps, state)
         return state
     except ValueError as error:
         raise InvalidRequest(("start_from", str(error))) from error

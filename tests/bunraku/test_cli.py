@@ -136,6 +136,13 @@ def test_every_field_of_an_animation_has_an_option_and_every_option_its_field() 
         ("--guidance-low-noise", "2.5", "sampling.guidance_scale_low_noise", 2.5),
         ("--shift", "7", "sampling.shift", 7.0),
         ("--solver", "euler", "sampling.solver", "euler"),
+        ("--step-cache", "mag", "sampling.step_cache", "mag"),
+        ("--step-cache", "tea:2.5", "sampling.step_cache", "tea"),
+        ("--step-cache", "tea:2.5", "sampling.step_cache_speedup", 2.5),
+        ("--step-cache", "MAG:2:0.1", "sampling.step_cache_start", 0.1),
+        ("--guidance-interval", "0.1:0.8", "sampling.guidance_start", 0.1),
+        ("--guidance-interval", "0.1:0.8", "sampling.guidance_end", 0.8),
+        ("--zero-init-steps", "2", "sampling.zero_init_steps", 2),
         ("--size-mode", "fit", "output.size_mode", pb.SIZE_MODE_FIT),
         ("--frames", "33", "output.num_frames", 33),
         ("--fps", "24", "output.frames_per_second", 24.0),
@@ -154,6 +161,18 @@ def test_option_sets_its_field(
     for name in field.split("."):
         found = getattr(found, name)
     assert found == sent
+
+
+def test_cfg_zero_star_is_a_switch(bunraku: CommandLine, fake: FakeGateway) -> None:
+    assert bunraku(*ANIMATE, "--detach") == 0
+    assert bunraku(*ANIMATE, "--detach", "--cfg-zero-star") == 0
+    assert [request.sampling.cfg_zero_star for request in fake.requests("CreateGeneration")] == [False, True]
+
+
+def test_a_step_cache_without_numbers_leaves_them_to_the_gateway(bunraku: CommandLine, fake: FakeGateway) -> None:
+    assert bunraku(*ANIMATE, "--detach", "--step-cache", "tea") == 0
+    [request] = fake.requests("CreateGeneration")
+    assert not request.sampling.HasField("step_cache_speedup")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +203,11 @@ def test_size_is_width_times_height(written: str) -> None:
         ((*ANIMATE, "--steps", "0"), "--steps"),
         ((*ANIMATE, "--frames", "99999999999"), "--frames"),
         ((*ANIMATE, "--solver", "magic"), "--solver"),
+        ((*ANIMATE, "--step-cache", "magic"), "--step-cache"),
+        ((*ANIMATE, "--step-cache", "mag:fast"), "--step-cache"),
+        ((*ANIMATE, "--step-cache", "mag:2:0:1"), "--step-cache"),
+        ((*ANIMATE, "--guidance-interval", "0.5"), "--guidance-interval"),
+        ((*ANIMATE, "--guidance-interval", "0.1:x"), "--guidance-interval"),
         ((*ANIMATE, "-o", "nowhere/out.mp4"), "--output"),
         ((*ANIMATE, "-o", "dance.mp4"), "--output"),
         ((*ANIMATE, "--local", "--detach"), "--detach"),

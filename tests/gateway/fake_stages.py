@@ -50,10 +50,12 @@ class FakeStages(
         fail_next: errors that the next calls of an rpc raise, one each; None: that one passes.
         pause: rpcs that wait for `resume` before they answer; `pose frames`: before the frames.
         revision: of what they compute, told with every answer; empty: nothing of theirs can be kept.
+        forward_passes: what a run of the denoiser says that it computes; None: it does not say.
     """
 
     def __init__(self, num_frames: int = 9, revision: str = "") -> None:
         self.revision = revision
+        self.forward_passes: denoiser_pb2.ForwardPasses | None = None
         self.num_frames = num_frames
         self.calls: dict[str, list[Any]] = defaultdict(list)
         self.tensors: dict[str, list[dict[str, WireTensor]]] = defaultdict(list)
@@ -145,9 +147,10 @@ class FakeStages(
         response = denoiser_pb2.DenoiseResponse
         begun = p.start_from.completed_steps
         async with self.call("Denoise", p):
-            yield response(
-                plan=denoiser_pb2.DenoisePlan(num_inference_steps=p.num_inference_steps, completed_steps=begun)
-            )
+            plan = denoiser_pb2.DenoisePlan(num_inference_steps=p.num_inference_steps, completed_steps=begun)
+            if self.forward_passes is not None:
+                plan.forward_passes.CopyFrom(self.forward_passes)
+            yield response(plan=plan)
             for step in range(begun + 1, p.num_inference_steps + 1):
                 await self.compute("Denoise")
                 yield response(step=denoiser_pb2.DenoiseStep(completed_steps=step))

@@ -55,6 +55,9 @@ class Told:
     def partial(self, completed_frames: int, total_frames: int) -> None:
         self.events.append(("partial", completed_frames, total_frames))
 
+    def denoised(self, window: int, forward_passes: denoiser_pb2.ForwardPasses) -> None:
+        self.events.append(("denoised", window, forward_passes.computed, forward_passes.reused))
+
     def stage(self, stage: str, *, window: int = 0, windows: int = 1) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -386,6 +389,18 @@ async def test_a_generation_that_goes_on_repeats_nothing_that_was_finished(
     ]
 
 
+async def test_what_was_computed_is_told_of_every_window_also_of_those_that_were_finished_before(
+    fake: FakeStages, stages: Stages, store: OutputStore
+) -> None:
+    fake.num_frames = 29
+    fake.forward_passes = denoiser_pb2.ForwardPasses(computed=5, reused=3)
+    said = [("denoised", 0, 5, 3), ("denoised", 1, 5, 3)]
+    for _ in range(2):
+        _, told = await run(stages, outputs=job(store))
+        assert [event for event in told.events if event[0] == "denoised"] == said
+    assert len(fake.calls["Denoise"]) == 2
+
+
 async def test_windows_after_those_that_were_finished_get_their_history(
     fake: FakeStages, stages: Stages, store: OutputStore
 ) -> None:
@@ -488,5 +503,13 @@ def test_latents_depend_on_all_but_what_is_told_on_the_way() -> None:
         digest(shift=1.0),
         digest(num_frames=5),
         digest({"text": "2"}),
+        digest(step_cache=denoiser_pb2.STEP_CACHE_TEA),
+        digest(step_cache=denoiser_pb2.STEP_CACHE_MAG),
+        digest(step_cache=denoiser_pb2.STEP_CACHE_MAG, step_cache_speedup=2.0),
+        digest(step_cache=denoiser_pb2.STEP_CACHE_MAG, step_cache_start=0.1),
+        digest(guidance_start=0.1),
+        digest(guidance_end=0.9),
+        digest(cfg_zero_star=True),
+        digest(zero_init_steps=1),
     }
-    assert len(others | {digest()}) == 7
+    assert len(others | {digest()}) == 15

@@ -92,7 +92,8 @@ def test_what_is_set_stays_even_where_it_is_zero() -> None:
         model: "tiny" timeout_seconds: 60 priority: 9 request_id: "r-1"
         animate { negative_prompt: "bad" people: 2 window_overlap_frames: 9 color_correction_strength: 0
                   preset: "official" }
-        sampling { seed: 0 num_inference_steps: 1 guidance_scale: 0 shift: 0.1 solver: "dpm++" }
+        sampling { seed: 0 num_inference_steps: 1 guidance_scale: 0 shift: 0.1 solver: "dpm++" step_cache: "mag"
+                   step_cache_speedup: 2.5 guidance_end: 0.5 cfg_zero_star: true }
         output { height: 64 width: 96 size_mode: SIZE_MODE_CROP num_frames: 9 frames_per_second: 60 crf: 0 }
     """)
     assert checked(wanted, MODELS) == wanted
@@ -109,6 +110,13 @@ def test_the_low_noise_expert_has_its_default_where_there_is_one() -> None:
     two_experts = replace(SCAIL, guidance_scale_low_noise=3.0)
     assert checked(request(), [two_experts]).sampling.guidance_scale_low_noise == 3.0
     assert checked(request("sampling { guidance_scale_low_noise: 0 }"), [two_experts]) is not None
+
+
+def test_a_step_cache_has_a_default_speedup_and_nothing_has_without_one() -> None:
+    assert checked(request('sampling { step_cache: "tea" }'), MODELS).sampling.step_cache_speedup == 1.75
+    plain = checked(request(), MODELS).sampling
+    assert not any(plain.HasField(name) for name in ("step_cache_speedup", "guidance_end"))
+    assert (plain.step_cache, plain.guidance_start, plain.cfg_zero_star, plain.zero_init_steps) == ("", 0, False, 0)
 
 
 def test_an_empty_prompt_is_fine() -> None:
@@ -165,6 +173,38 @@ BOUNDS = [
     ("sampling.shift", "", "sampling { shift: nan }"),
     ("sampling.shift", "", "sampling { shift: -inf }"),
     ("sampling.solver", 'sampling { solver: "euler" }', 'sampling { solver: "Euler" }'),
+    ("sampling.step_cache", 'sampling { step_cache: "tea" }', 'sampling { step_cache: "magic" }'),
+    (
+        "sampling.step_cache_speedup",
+        'sampling { step_cache: "mag" step_cache_speedup: 3 }',
+        "sampling { step_cache_speedup: 2 }",
+    ),
+    (
+        "sampling.step_cache_speedup",
+        'sampling { step_cache: "mag" step_cache_speedup: 1 }',
+        'sampling { step_cache: "mag" step_cache_speedup: 0.99 }',
+    ),
+    ("sampling.step_cache_speedup", "", 'sampling { step_cache: "mag" step_cache_speedup: 3.01 }'),
+    ("sampling.step_cache_speedup", "", 'sampling { step_cache: "mag" step_cache_speedup: nan }'),
+    (
+        "sampling.step_cache_start",
+        'sampling { step_cache: "mag" step_cache_start: 1 }',
+        "sampling { step_cache_start: 0.5 }",
+    ),
+    ("sampling.step_cache_start", "", 'sampling { step_cache: "mag" step_cache_start: 1.01 }'),
+    ("sampling.step_cache_start", "", 'sampling { step_cache: "mag" step_cache_start: nan }'),
+    ("sampling.guidance_start", "sampling { guidance_start: 0.99 }", "sampling { guidance_start: 1 }"),
+    ("sampling.guidance_start", "", "sampling { guidance_start: -0.01 }"),
+    ("sampling.guidance_start", "", "sampling { guidance_start: nan }"),
+    ("sampling.guidance_end", "sampling { guidance_end: 1 }", "sampling { guidance_end: 1.01 }"),
+    (
+        "sampling.guidance_end",
+        "sampling { guidance_start: 0.4 guidance_end: 0.41 }",
+        "sampling { guidance_start: 0.4 guidance_end: 0.4 }",
+    ),
+    ("sampling.guidance_end", "", "sampling { guidance_end: nan }"),
+    ("sampling.zero_init_steps", "sampling { zero_init_steps: 29 }", "sampling { zero_init_steps: 30 }"),
+    ("sampling.zero_init_steps", "", "sampling { num_inference_steps: 4 zero_init_steps: 4 }"),
     ("output.num_frames", "output { num_frames: 737 }", "output { num_frames: 738 }"),
     ("output.num_frames", "output { num_frames: 1 }", "output { num_frames: 1000000000 }"),
     ("output.frames_per_second", "output { frames_per_second: 1 }", "output { frames_per_second: 0.99 }"),

@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from bunraku.v1 import denoiser_pb2
 from bunraku.v1 import gateway_pb2 as pb
 from gateway.assets import AssetStore
 from gateway.jobs.job import FAILED, QUEUED, RUNNING, SUCCEEDED, Job
 from gateway.jobs.store import JobStore
 from gateway.jobs.tables import COSTS, GENERATIONS
+from gateway.media import read_metadata
 from gateway.stages import connect
 from gateway.worker import Worker, WorkerSettings
 from runtime.bundles import load_bundle
@@ -31,17 +34,20 @@ class Work:
 
     fake: FakeStages
     store: JobStore
+    assets: AssetStore
     worker: Worker
     working: asyncio.Task[None]
     picture: pb.Asset
     pose_video: pb.Asset
 
-    async def create(self, *, priority: int = 0, timeout_s: float | None = None) -> Job:
+    async def create(self, *, priority: int = 0, timeout_s: float | None = None, **sampled: Any) -> Job:
+        """sampled: further fields of SamplingParameters."""
         request = pb.CreateGenerationRequest(model="tiny", priority=priority)
         animate, sampling, output = request.animate, request.sampling, request.output
         animate.reference_image, animate.pose_video = self.picture.name, self.pose_video.name
         animate.preset, animate.window_overlap_frames, animate.color_correction_strength = "wan2gp", 5, 0.0
         sampling.seed, sampling.num_inference_steps, sampling.guidance_scale, sampling.shift = 1, 2, 1.0, 3.0
+        sampling.MergeFrom(pb.SamplingParameters(**sampled))
         sampling.solver, output.size_mode, output.crf = "euler", pb.SIZE_MODE_BUDGET, 20
         output.height, output.width, output.num_frames, output.frames_per_second = 32, 32, 9, 12.0
         return await self.store.create(request, request_digest="d", timeout_s=timeout_s)
@@ -76,7 +82,7 @@ async def work(tmp_path: Path, empty_sqlite: Path) -> AsyncIterator[Work]:
         worker = Worker(store, assets, stages, {bundle.name: bundle}, WorkerSettings(max_running=1, max_seconds=60))
         picture = await assets.put_file(write_picture(tmp_path / "ref.png", 32, 32), "ref.png")
         pose = await assets.put_file(write_pose_video(tmp_path / "pose.mp4", 9, 32, 32), "pose.mp4")
-        working = Work(fake, store, worker, asyncio.create_task(worker.run()), picture, pose)
+        working = Work(fake, store, assets, worker, asyncio.create_task(worker.run()), picture, pose)
         yield working
         await working.stop()
         await stages.close()
@@ -133,6 +139,38 @@ async def test_work_that_another_gateway_has_taken_over_is_dropped_without_a_wor
     other = await work.create()  # the worker goes on with others
     work.fake.resume.set()
     assert (await work.ended(other)).state == SUCCEEDED
+
+
+async def test_how_it_was_sampled_reaches_the_denoiser_and_is_told_by_the_generation_and_its_file(work: Work) -> None:
+    work.fake.forward_passes = denoiser_pb2.ForwardPasses(computed=7, reused=4, omitted=1)
+    fields: dict[str, Any] = {
+        "step_cache": "mag",
+        "step_cache_speedup": 1.5,
+        "step_cache_start": 0.25,
+        "guidance_start": 0.125,
+        "guidance_end": 0.5,
+        "cfg_zero_star": True,
+        "zero_init_steps": 1,
+    }
+    ended = await work.ended(await work.create(**fields))
+    [asked] = work.fake.calls["Denoise"]
+    assert asked.step_cache == denoiser_pb2.STEP_CACHE_MAG
+    assert {name: getattr(asked, name) for name in fields if name != "step_cache"} | {"step_cache": "mag"} == fields
+    assert ended.progress.forward_passes == work.fake.forward_passes
+    assert ended.video is not None
+    metadata: dict[str, Any] = read_metadata(await work.assets.path(ended.video.sha256), "video")
+    assert metadata["forward_passes"] == {"computed": 7, "reused": 4, "omitted": 1}
+    assert metadata["request"]["sampling"].items() >= fields.items()
+
+
+async def test_what_is_not_asked_for_is_not_sent_and_not_told(work: Work) -> None:
+    ended = await work.ended(await work.create())
+    [asked] = work.fake.calls["Denoise"]
+    assert not any(asked.HasField(name) for name in ("step_cache_speedup", "guidance_end"))
+    assert (asked.step_cache, asked.guidance_start, asked.cfg_zero_star, asked.zero_init_steps) == (0, 0, False, 0)
+    assert not ended.progress.HasField("forward_passes")
+    assert ended.video is not None
+    assert "forward_passes" not in read_metadata(await work.assets.path(ended.video.sha256), "video")
 
 
 async def test_what_waited_past_its_deadline_never_reaches_a_stage(work: Work) -> None:

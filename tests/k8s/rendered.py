@@ -22,7 +22,13 @@ Manifest = dict[str, Any]
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 # A component that changes what another one has added
-AFTER = {"mig": ["gpu"], "dra": ["gpu"], "object-storage": ["postgresql"]}
+AFTER = {
+    "mig": ["gpu"],
+    "dra": ["gpu"],
+    "object-storage": ["postgresql"],
+    "leader-worker-set": ["gpu", "models-pvc", "tls", "network-policies"],
+}
+LWS = "leaderworkerset.sigs.k8s.io"
 
 
 def kustomized(directory: Path) -> tuple[Manifest, ...]:
@@ -42,17 +48,21 @@ def overlay(name: str) -> tuple[Manifest, ...]:
     return kustomized(K8S / name if name in ("base", "one-pod") else K8S / "overlays" / name)
 
 
-@cache
 def with_component(name: str) -> tuple[Manifest, ...]:
     """The base with one component, and those that it needs before it."""
-    names = [*AFTER.get(name, []), name]
+    return base_with(*AFTER.get(name, []), name)
+
+
+@cache
+def base_with(*components: str) -> tuple[Manifest, ...]:
+    """The base with these components, in this order."""
     with tempfile.TemporaryDirectory() as directory:
         kustomization = {
             "apiVersion": "kustomize.config.k8s.io/v1beta1",
             "kind": "Kustomization",
             "namespace": "bunraku",
             "resources": [os.path.relpath(K8S / "base", directory)],
-            "components": [os.path.relpath(K8S / "components" / each, directory) for each in names],
+            "components": [os.path.relpath(K8S / "components" / each, directory) for each in components],
         }
         (Path(directory) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
         return kustomized(Path(directory))
@@ -63,9 +73,20 @@ def of_kind(manifests: tuple[Manifest, ...], kind: str) -> dict[str, Manifest]:
     return {each["metadata"]["name"]: each for each in manifests if each["kind"] == kind}
 
 
+def templates(manifests: tuple[Manifest, ...]) -> Iterator[tuple[str, Manifest]]:
+    """The pods of all Deployments and LeaderWorkerSets (with the labels that its controller gives them), by program."""
+    for name, deployment in of_kind(manifests, "Deployment").items():
+        yield name, deployment["spec"]["template"]
+    for name, group in of_kind(manifests, "LeaderWorkerSet").items():
+        for index, role in enumerate(("leaderTemplate", "workerTemplate")):
+            template = group["spec"]["leaderWorkerTemplate"][role]
+            labels = template["metadata"]["labels"] | {f"{LWS}/name": name, f"{LWS}/worker-index": str(index)}
+            yield labels["app.kubernetes.io/name"], template | {"metadata": {"labels": labels}}
+
+
 @dataclass(frozen=True)
 class Container:
-    """A container of a Deployment, with what it needs of the other manifests.
+    """A container of a pod, with what it needs of the other manifests.
 
     Attributes:
         name: of its program: `encoder`, ... `gateway`.
@@ -90,10 +111,10 @@ class Container:
 
 
 def containers(manifests: tuple[Manifest, ...]) -> Iterator[Container]:
-    """The containers of all Deployments."""
+    """The containers of all pods."""
     settings = {name: each["data"] for name, each in of_kind(manifests, "ConfigMap").items()}
-    for name, deployment in of_kind(manifests, "Deployment").items():
-        pod = deployment["spec"]["template"]["spec"]
+    for name, template in templates(manifests):
+        pod = template["spec"]
         for spec in pod["containers"]:
             environment: dict[str, str] = {}
             for source in spec.get("envFrom", []):

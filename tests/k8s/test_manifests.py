@@ -20,6 +20,8 @@ from gateway.__main__ import GatewaySettings
 from runtime import telemetry
 from runtime.settings import StageSettings
 from services.denoiser.__main__ import DenoiserSettings
+from services.denoiser.model import PRESETS
+from services.denoiser.parallel import tokens_between
 from tests.k8s.rendered import (
     COMPONENTS,
     K8S,
@@ -31,6 +33,7 @@ from tests.k8s.rendered import (
     kustomized,
     of_kind,
     overlay,
+    templates,
     with_component,
 )
 
@@ -63,6 +66,12 @@ def test_kubernetes_knows_every_field(version: str, monkeypatch: pytest.MonkeyPa
     # it reads megabytes of schemas for each manifest
     monkeypatch.setattr(kubernetes_validate.utils, "schema_contents", cache(kubernetes_validate.utils.schema_contents))
     rendered = [*map(overlay, WHOLE), *map(with_component, COMPONENTS)]
+    # what a custom resource makes pods of is known to Kubernetes too
+    pods = [
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "of-a-group", **template["metadata"]}, **template}
+        for _, template in templates(with_component("leader-worker-set"))
+    ]
+    rendered.append(tuple(pods))
     different = {json.dumps(each): each for manifests in rendered for each in manifests if not is_custom(each)}
     assert len(different) > 40
     for manifest in different.values():
@@ -163,8 +172,8 @@ def test_declared_ports_are_those_that_the_process_listens_on(manifests: tuple[M
     for container in containers(manifests):
         listens = [container.port(f"BUNRAKU_{name}ADDRESS") for name in ("", "HEALTH_", "METRICS_")]
         assert [port["containerPort"] for port in container.spec["ports"]] == listens
-    for deployment in of_kind(manifests, "Deployment").values():
-        ports = [p["containerPort"] for c in deployment["spec"]["template"]["spec"]["containers"] for p in c["ports"]]
+    for _, template in templates(manifests):
+        ports = [port["containerPort"] for container in template["spec"]["containers"] for port in container["ports"]]
         assert len(ports) == len(set(ports))
 
 
@@ -197,24 +206,19 @@ def test_the_gateway_calls_addresses_that_are_there(manifests: tuple[Manifest, .
 
 
 def test_services_select_pods_and_name_their_ports(manifests: tuple[Manifest, ...]) -> None:
-    labels = {
-        name: each["spec"]["template"]["metadata"]["labels"] for name, each in of_kind(manifests, "Deployment").items()
-    }
-    ports = {
-        name: {p["containerPort"] for c in each["spec"]["template"]["spec"]["containers"] for p in c["ports"]}
-        for name, each in of_kind(manifests, "Deployment").items()
-    }
     for service in of_kind(manifests, "Service").values():
-        (name,) = [name for name, has in labels.items() if service["spec"]["selector"].items() <= has.items()]
-        assert {port["port"] for port in service["spec"]["ports"]} <= ports[name]
+        selector = service["spec"]["selector"].items()
+        (pod,) = [each["spec"] for _, each in templates(manifests) if selector <= each["metadata"]["labels"].items()]
+        ports = {port["containerPort"] for container in pod["containers"] for port in container["ports"]}
+        assert {port["port"] for port in service["spec"]["ports"]} <= ports
 
 
 def test_what_a_pod_refers_to_is_there(manifests: tuple[Manifest, ...]) -> None:
     accounts, claims = of_kind(manifests, "ServiceAccount"), of_kind(manifests, "PersistentVolumeClaim")
-    templates, certificates = of_kind(manifests, "ResourceClaimTemplate"), of_kind(manifests, "Certificate")
+    claim_templates, certificates = of_kind(manifests, "ResourceClaimTemplate"), of_kind(manifests, "Certificate")
     secrets = {each["spec"]["secretName"] for each in certificates.values()}
-    for name, deployment in of_kind(manifests, "Deployment").items():
-        pod = deployment["spec"]["template"]["spec"]
+    for name, template in templates(manifests):
+        pod = template["spec"]
         assert pod["serviceAccountName"] in accounts
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         for volume in volumes.values():
@@ -229,13 +233,13 @@ def test_what_a_pod_refers_to_is_there(manifests: tuple[Manifest, ...]) -> None:
         taken = {c["name"] for each in pod["containers"] for c in each["resources"].get("claims", [])}
         assert given == taken
         for claim in pod.get("resourceClaims", []):
-            assert claim["resourceClaimTemplateName"] in templates
+            assert claim["resourceClaimTemplateName"] in claim_templates
 
 
 def test_every_disruption_budget_covers_pods_and_every_deployment_has_one(manifests: tuple[Manifest, ...]) -> None:
     budgets = of_kind(manifests, "PodDisruptionBudget")
-    for name, deployment in of_kind(manifests, "Deployment").items():
-        labels = deployment["spec"]["template"]["metadata"]["labels"]
+    for name, template in templates(manifests):
+        labels = template["metadata"]["labels"]
         assert budgets[name]["spec"]["selector"]["matchLabels"].items() <= labels.items()
         assert budgets[name]["spec"]["maxUnavailable"] == 1
 
@@ -391,6 +395,41 @@ def test_stages_on_one_gpu_share_its_memory_and_a_little_is_left() -> None:
     assert len(fractions) == 4
     # what the CUDA contexts of four processes take is outside of their fractions
     assert 0.85 <= sum(fractions) <= 0.95
+
+
+def test_a_group_has_the_pods_of_the_denoiser_and_serves_at_its_leader() -> None:
+    manifests = with_component("leader-worker-set")
+    assert "denoiser" not in of_kind(manifests, "Deployment")
+    group = of_kind(manifests, "LeaderWorkerSet")["denoiser-group"]
+    # the controller takes a Service of the group's name for its own, in which pods must be found before they are ready
+    assert group["metadata"]["name"] not in of_kind(manifests, "Service")
+    assert group["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
+    leader, worker = [template for name, template in templates(manifests) if name == "denoiser"]
+    assert leader["spec"] == worker["spec"]
+    (container,) = leader["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert {"name": "models", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+    selector = of_kind(manifests, "Service")["denoiser"]["spec"]["selector"].items()
+    assert selector <= leader["metadata"]["labels"].items()
+    assert not selector <= worker["metadata"]["labels"].items()
+
+
+def test_network_policies_let_the_pods_of_a_group_and_nobody_else_talk_at_any_port() -> None:
+    manifests = with_component("leader-worker-set")
+    policy = of_kind(manifests, "NetworkPolicy")["denoiser-group"]["spec"]
+    chosen = policy["podSelector"]["matchLabels"].items()
+    selected = [template for _, template in templates(manifests) if chosen <= template["metadata"]["labels"].items()]
+    assert len(selected) == 2
+    peers = [{"podSelector": policy["podSelector"]}]
+    assert (policy["ingress"], policy["egress"]) == ([{"from": peers}], [{"to": peers}])
+
+
+def test_the_size_of_a_group_divides_the_heads_of_the_models() -> None:
+    group = of_kind(with_component("leader-worker-set"), "LeaderWorkerSet")["denoiser-group"]
+    size = group["spec"]["leaderWorkerTemplate"]["size"]
+    assert size > 1
+    for config in PRESETS.values():
+        tokens_between(config.num_heads, size)
 
 
 def test_kustomize_refuses_a_broken_kustomization(tmp_path: Path) -> None:

@@ -61,6 +61,8 @@ class Silence:
 
     def partial(self, completed_frames: int, total_frames: int) -> None: ...
 
+    def denoised(self, window: int, forward_passes: denoiser_pb2.ForwardPasses) -> None: ...
+
     def stage(self, stage: str, *, window: int = 0, windows: int = 1) -> AbstractContextManager[None]:
         return nullcontext()
 

@@ -49,6 +49,18 @@ async def test_more_steps_and_more_pixels_take_longer_in_proportion(store: JobSt
     assert more_pixels.estimated_seconds == pytest.approx(4 * (10 * 2 + 4))
 
 
+async def test_steps_of_which_less_is_computed_are_measured_apart(store: JobStore) -> None:
+    cached, half = animation(), animation()
+    cached.sampling.step_cache, cached.sampling.step_cache_speedup = "mag", 2.0
+    half.sampling.guidance_end = 0.5
+    for request, step_seconds in ((animation(), 4.0), (cached, 2.0), (half, 3.0)):
+        await store.create(request, request_digest="d")
+        await store.claims.finish(await store.claims.next_job(), video=video(), cost=Cost(step_seconds, 0.0))
+    for request, step_seconds in ((animation(), 4.0), (cached, 2.0), (half, 3.0)):
+        job = await store.create(request, request_digest="d")
+        assert job.estimated_seconds == pytest.approx(10 * step_seconds)
+
+
 async def test_measurements_are_averaged_and_the_newest_counts_most(store: JobStore) -> None:
     await measured(store, 2.0, 0.0)
     await measured(store, 4.0, 0.0)

@@ -103,8 +103,8 @@ def unpooled_mean(axis: Tensor, pool: int) -> Tensor:
     return axis[::pool]
 
 
-def other_guidance(*arguments: object) -> Tensor:
-    return -GUIDED(*arguments)  # type: ignore[arg-type]  # passed on as they came
+def other_guidance(positive: Tensor, negative: Tensor, guidance_scale: float, *, zero_star: bool) -> Tensor:
+    return -GUIDED(positive, negative, guidance_scale, zero_star=zero_star)
 
 
 def first_order(self: sampling.UniPC, i: int, order: int, *rest: object) -> Tensor:
@@ -121,7 +121,7 @@ def floored(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SINUSOID, ROTATE, MASK, AFFINE = model.sinusoid, rope.rotate, conditioning.known_frames_mask, glue.Affine
-GUIDED, PREDICT, QUANTIZE = denoise._guided_velocity, sampling.UniPC.predict, quantisation.quantize_weight
+GUIDED, PREDICT, QUANTIZE = denoise.guided_velocity, sampling.UniPC.predict, quantisation.quantize_weight
 
 MUTATIONS: list[tuple[str, object, str, object]] = [
     ("time-embedding", checks, "sinusoid", sine_first),
@@ -139,7 +139,7 @@ MUTATIONS: list[tuple[str, object, str, object]] = [
     ("sampler-unipc", sampling.UniPC, "correct", uncorrected),
     ("sampler-dpmpp", sampling, "_TRAIN_TIMESTEPS", 999),
     ("sampler-euler", sampling, "_TRAIN_TIMESTEPS", 999),
-    ("e2e-t2v", denoise, "_guided_velocity", other_guidance),
+    ("e2e-t2v", denoise, "guided_velocity", other_guidance),
     ("e2e-scail", conditioning.Conditioning, "with_known", lambda self, latents: latents),
     ("quanto-int8", quantisation, "quantize_weight", floored),
 ]

@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.denoiser.model import PRESETS
-from services.denoiser.plan import GIB, DoesNotFit, Weights, animation_tokens, plan_memory
+from services.denoiser.model import PRESETS, DiffusionTransformer
+from services.denoiser.placement import Placement
+from services.denoiser.plan import (
+    DEVICE_OVERHEAD_BYTES,
+    GIB,
+    DoesNotFit,
+    Weights,
+    activations,
+    animation_tokens,
+    plan_memory,
+)
 
 SCAIL = PRESETS["scail-14b"]
 MIB = 1024**2
@@ -58,6 +67,44 @@ def test_plans_keep_within_the_budget_and_use_more_where_there_is_more(budget: i
     more = plan_memory(WEIGHTS, SCAIL, tokens, budget + GIB)
     assert more.resident >= plan.resident
     assert 0 <= plan.resident <= 40
+
+
+def test_a_step_cache_takes_two_bytes_a_value_of_each_branch() -> None:
+    without = plan_memory(WEIGHTS, SCAIL, LONGEST, None).device_bytes
+    one, two = (plan_memory(WEIGHTS, SCAIL, LONGEST, None, branches).device_bytes for branches in (1, 2))
+    assert one - without == two - one == LONGEST * 5120 * 2
+
+
+def test_a_step_cache_leaves_less_room_for_blocks_and_none_where_it_was_short() -> None:
+    assert (
+        plan_memory(WEIGHTS, SCAIL, LONGEST, 8 * GIB, 2).resident
+        < plan_memory(WEIGHTS, SCAIL, LONGEST, 8 * GIB).resident
+    )
+    assert plan_memory(WEIGHTS, SCAIL, LONGEST, 4 * GIB).resident < 4
+    with pytest.raises(DoesNotFit, match=r"the budget is 4\.00 GiB"):
+        plan_memory(WEIGHTS, SCAIL, LONGEST, 4 * GIB, 2)
+
+
+def test_a_step_cache_embeds_the_tokens_once_more_beside_the_residual_stream() -> None:
+    # with the shortest pieces three float32 streams are more than a block needs
+    assert activations(SCAIL, LONGEST, 512, 2) > activations(SCAIL, LONGEST, 512)
+    assert activations(SCAIL, LONGEST, 512, 2) >= LONGEST * 5120 * 4 * 3
+    assert activations(SCAIL, LONGEST, LONGEST, 2) == activations(SCAIL, LONGEST, LONGEST)
+
+
+def test_a_request_is_refused_where_the_pieces_that_were_planned_are_too_long() -> None:
+    whole = plan_memory(WEIGHTS, SCAIL, LONGEST, None).device_bytes + DEVICE_OVERHEAD_BYTES
+    plan = plan_memory(WEIGHTS, SCAIL, LONGEST, whole)
+    assert (plan.resident, plan.tokens_at_once) == (40, 0)
+    model = DiffusionTransformer.__new__(DiffusionTransformer)
+    object.__setattr__(model, "config", SCAIL)
+    placed = Placement(model, WEIGHTS, plan, whole)
+    placed.check(LONGEST)
+    with pytest.raises(
+        DoesNotFit, match="48832 tokens with a step cache fit 4096 at once where 48832 would be computed"
+    ):
+        placed.check(LONGEST, 2)
+    placed.check(LONGEST // 2, 2)
 
 
 def test_a_model_without_images_keeps_fewer_keys() -> None:

@@ -319,6 +319,67 @@ async def test_a_run_from_any_checkpoint_gives_the_same_bits(bundle: Bundle, sol
                 assert torch.equal(latents(await resume(another, later, tensors, **sampling)), latents(whole))
 
 
+CACHED: dict[str, Any] = {
+    "num_inference_steps": 8,
+    "step_cache": pb.STEP_CACHE_MAG,
+    "step_cache_speedup": 2,
+    "guidance_start": 0.25,
+    "cfg_zero_star": True,
+}
+
+
+async def test_a_run_with_a_step_cache_says_what_it_computes_and_computes_no_more(bundle: Bundle) -> None:
+    async with stage(bundle) as denoiser:
+        blocks = Blocks(denoiser.service)
+        full = await run(denoiser, num_inference_steps=8)
+        assert blocks.ran == LAYERS * 16
+        cached = await run(denoiser, **CACHED)
+    [of_full], [of_cached] = ([plan.forward_passes for plan in answers.messages("plan")] for answers in (full, cached))
+    assert (of_full.computed, of_full.reused, of_full.omitted) == (16, 0, 0)
+    assert blocks.ran == LAYERS * (16 + of_cached.computed)
+    assert (of_cached.computed + of_cached.reused, of_cached.omitted) == (14, 2)
+    assert of_cached.reused >= 4
+    assert not torch.equal(latents(cached), latents(full))
+
+
+async def test_a_run_with_a_step_cache_gives_the_same_bits_from_any_checkpoint(bundle: Bundle) -> None:
+    async with stage(bundle) as one:
+        whole = await run(one, **CACHED, checkpoint_every_steps=1)
+    stored = checkpoints(whole)
+    holding = ["reused_latents" in each.message.tensors for each in stored]
+    assert True in holding
+    assert False in holding
+    async with stage(bundle) as another:
+        for each in stored:
+            resumed = await resume(another, each, **CACHED)
+            assert torch.equal(latents(resumed), latents(whole))
+            assert resumed.messages("plan")[0].forward_passes == whole.messages("plan")[0].forward_passes
+        # what the next step needs is asked for by name
+        reusing = stored[holding.index(True)]
+        reusing.message.tensors.remove("reused_latents")
+        kept = [tensor for tensor in reusing.tensors if tensor.name != "checkpoint.reused_latents"]
+        request = first(**CACHED, start_from=reusing.message)
+        [(field, text)] = await another.refused("Denoise", request, [*wired(CONDITIONING), *kept])
+        assert field == "start_from"
+        assert text.startswith("checkpoint reused_latents must be given after step")
+
+
+async def test_each_of_these_changes_the_latents(bundle: Bundle) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"step_cache": pb.STEP_CACHE_MAG},
+        {"step_cache": pb.STEP_CACHE_MAG, "step_cache_speedup": 2.5},
+        {"step_cache": pb.STEP_CACHE_MAG, "step_cache_start": 0.5},
+        {"guidance_start": 0.5},
+        {"guidance_end": 0.5},
+        {"cfg_zero_star": True},
+        {"zero_init_steps": 1},
+    ]
+    async with stage(bundle) as denoiser:
+        made = [latents(await run(denoiser, num_inference_steps=8, **change)) for change in changes]
+    assert len({tensor.numpy().tobytes() for tensor in made}) == len(changes)
+
+
 async def test_checkpoints_come_every_so_many_steps_but_not_with_the_last(bundle: Bundle) -> None:
     async with stage(bundle) as denoiser:
         answers = await run(denoiser, num_inference_steps=6, checkpoint_every_steps=2)
@@ -338,6 +399,9 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
     "shift": {"shift": 3.5},
     "solver": {"solver": pb.SOLVER_UNIPC},
     "origin of the pose": {"pose_time_origin": 0},
+    "step cache": {"step_cache": pb.STEP_CACHE_MAG},
+    "end of guidance": {"guidance_end": 0.5},
+    "zero init": {"zero_init_steps": 1},
 }
 
 
@@ -427,6 +491,10 @@ WRONG_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "solver": ({"solver": 9}, "must be unipc, dpm++, euler or not set, got 9"),
     "seed": ({"seed": 2**63}, "must be 0 to 2^63 - 1, got 9223372036854775808"),
     "pose_time_origin": ({"pose_time_origin": 7}, "must be 0 to 1, got 7"),
+    "step_cache": ({"step_cache": 9}, "must be tea, mag or not set, got 9"),
+    "step_cache_speedup": ({"step_cache_speedup": 3.5}, "must be 1 to 3, got 3.5"),
+    "step_cache_start": ({"step_cache_start": float("nan")}, "must be 0 to 1, got nan"),
+    "guidance_end": ({"guidance_start": 0.5, "guidance_end": 0.5}, "must be above guidance_start, up to 1, got 0.5"),
 }
 MORE_WRONG_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("height", {"height": 0}),
@@ -440,6 +508,14 @@ MORE_WRONG_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("guidance_scale", {"guidance_scale": -0.1}),
     ("guidance_scale", {"guidance_scale": 30.1}),
     ("shift", {"shift": 0.05}),
+    ("step_cache_speedup", {"step_cache_speedup": 0.99}),
+    ("step_cache_start", {"step_cache_start": 1.01}),
+    ("guidance_start", {"guidance_start": -0.5}),
+    ("guidance_start", {"guidance_start": float("nan")}),
+    ("guidance_end", {"guidance_end": 1.1}),
+    ("guidance_end", {"guidance_end": float("nan")}),
+    ("zero_init_steps", {"zero_init_steps": 4}),
+    ("zero_init_steps", {"num_inference_steps": 9, "zero_init_steps": 9}),
     ("seed", {"seed": 2**64 - 1}),
 ]
 
@@ -711,6 +787,29 @@ def tightest(bundle: Bundle) -> int:
             return plan_memory(weights, model.config, tokens, budget).device_bytes
         except DoesNotFit:
             budget += 4096
+
+
+async def test_a_tight_budget_has_room_for_a_step_cache_only_if_that_was_planned(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, num_layers=12)
+    budget = tightest(bundle)
+    cached = {"height": 64, "width": 64, "num_frames": 17, "step_cache": pb.STEP_CACHE_MAG}
+    tensors = wired(
+        CONDITIONING
+        | {"reference_latents": normal(1, 16, 1, 8, 8, seed=4), "pose_latents": normal(1, 16, 5, 4, 4, seed=5)}
+    )
+    async with serving("denoiser", partial(DenoiserService, memory_mode="hybrid", vram_bytes=budget), bundle) as tight:
+        assert latents(await run(tight, tensors, **(cached | {"step_cache": 0}))).isfinite().all()
+        with pytest.raises(InvalidRequest, match=r"num_frames: \d+ tokens need .* GiB"):
+            await run(tight, tensors, **cached)
+    for more in (0, 10**5):
+        make = partial(DenoiserService, memory_mode="hybrid", vram_bytes=budget + more, step_cache=True)
+        if more:
+            async with serving("denoiser", make, bundle) as roomy:
+                assert latents(await run(roomy, tensors, **cached)).isfinite().all()
+        else:
+            with pytest.raises(DoesNotFit):
+                async with serving("denoiser", make, bundle):
+                    pass
 
 
 async def test_hybrid_gives_the_latents_of_gpu_only_and_refuses_clips_that_exceed_its_budget(tmp_path: Path) -> None:
