@@ -167,11 +167,12 @@ class VideoWriter:
         # faststart: the index goes to the front, so that players begin before they have it all
         self._container = av.open(self._partial, "w", format="mp4", options={"movflags": "+faststart"})
         self._container.metadata.update({"title": title, "comment": json.dumps(settings or {}, sort_keys=True)})
-        stream = self._container.add_stream("libx264", rate=frames_per_second, options={"crf": str(crf)})
+        # x264's AVX-512 code for its macroblock tree reads beyond narrow frames: equal frames gave up to 185 videos in 300
+        # (64 pixels wide, libx264 165). Without the tree files are a third larger and 0.3 dB better at the same crf.
+        options = {"crf": str(crf), "mbtree": "0"}
+        stream = self._container.add_stream("libx264", rate=frames_per_second, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         context = stream.codec_context
-        # With several threads the same frames did not always give the same bytes (5 of 34 videos on a busy machine)
-        context.thread_count = 1
         context.time_base = self._frame_duration_s = 1 / frames_per_second
         context.colorspace, context.color_range = Colorspace.ITU709.value, ColorRange.MPEG.value
         context.color_primaries, context.color_trc = ColorPrimaries.BT709.value, ColorTrc.BT709.value

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bunraku.cli import options
-from bunraku.tls import NO_TLS, TlsFiles
 
 if TYPE_CHECKING:
     from bunraku.cli.extraction import Extraction
+    from bunraku.tls import TlsFiles
 
 Video = Annotated[Path, typer.Argument(help="Video of people.", exists=True, dir_okay=False, readable=True)]
 Overlay = Annotated[bool, typer.Option("--overlay", help="Draw the skeletons over the video rather than on black.")]
@@ -69,6 +69,7 @@ def pose(
             f"needs {error.name}: pip install bunraku[runtime]", param_hint="bunraku pose"
         ) from error
     from bunraku.cli.signals import run
+    from bunraku.tls import TlsFiles
 
     extraction = Extraction(
         video=video,
@@ -91,7 +92,7 @@ def pose(
         run(_extract_locally(extraction, bundle, models, devices))
 
 
-async def _extract(extraction: Extraction, address: str, tls: TlsFiles = NO_TLS) -> None:
+async def _extract(extraction: Extraction, address: str, tls: TlsFiles) -> None:
     from rich.console import Console
 
     from bunraku.cli.display import Display
@@ -105,8 +106,9 @@ async def _extract_locally(extraction: Extraction, bundle: Path | None, models: 
     from rich.console import Console
 
     from bunraku.cli.system import bundle_directory, local_system, parse_devices, while_running
+    from bunraku.tls import NO_TLS
 
     directory, device_of, console = bundle_directory(bundle), parse_devices(devices), Console(stderr=True)
     system = local_system(console, bundle=directory, models=models, devices=device_of, only="pose")
     async with system as supervisor:
-        await while_running(supervisor, _extract(extraction, supervisor.address))
+        await while_running(supervisor, _extract(extraction, supervisor.address, NO_TLS))
