@@ -34,7 +34,7 @@ demo: $(STUBS)
 	bunraku animate --local --image $(IMAGE) --driving-video $(DRIVING) --prompt "$(PROMPT)" --output $(OUTPUT)
 
 test: $(STUBS)
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(STUBS)
 	$(RUN) -m pytest -m slow

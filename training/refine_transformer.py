@@ -2,8 +2,8 @@
 
     python -m training.refine_transformer --bundle bundles/tiny --output runs/refined
 
-leaves in the folder a whole bundle, whose transformer is quantised again, and `transformer_bf16.safetensors`, the same
-weights before that. `python -m benchmarks.quality --bundle runs/refined --bf16 runs/refined/transformer_bf16.safetensors`
+leaves in the folder a whole bundle, whose transformer is quantised again, and `transformer_float.safetensors`, the same
+weights before that. `python -m benchmarks.quality --bundle runs/refined --bf16 runs/refined/transformer_float.safetensors`
 then says what quantising costs, where the weights of the first training were not kept. Minutes on a processor: the
 encoders stay as they are, and the weights need only leave the grid that they were rounded to.
 """
@@ -113,7 +113,7 @@ def refine(bundle: Bundle, learners: Learners, tokenizer: PromptTokenizer, recip
 def write_both(directory: Path, bundle: Bundle, transformer: DiffusionTransformer) -> None:
     """Writes the transformer in bfloat16, and quantised into the bundle."""
     tensors, modules = on_cpu(transformer, torch.bfloat16), block_linears(transformer)
-    save_file(tensors, directory / "transformer_bf16.safetensors")
+    save_file(tensors, directory / "transformer_float.safetensors")
     component = bundle.component("transformer")
     write_quanto(component.files[0], quantize_state_dict(tensors, modules), modules, dict(component.config))
     write_digests(directory, bundle, "transformer")

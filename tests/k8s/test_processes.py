@@ -50,6 +50,7 @@ async def test_stage_lives_by_its_manifest(name: str, tmp_path: Path) -> None:
     await lives(Pod(found("base")[name], "127.0.8.1", place(tmp_path)))
 
 
+@pytest.mark.slow
 async def test_gateway_lives_by_its_manifest(tmp_path: Path) -> None:
     await lives(Pod(found("base")["gateway"], "127.0.8.2", place(tmp_path)))
 

@@ -68,6 +68,7 @@ async def running(tmp_path: Path) -> AsyncIterator[Running]:
         yield Running(supervisor, data, certificates)
 
 
+@pytest.mark.slow
 async def test_only_those_with_the_right_certificate_are_let_in(running: Running, tmp_path: Path) -> None:
     assert await running.gateway_answers(running.files("client"))
     for tls in (NO_TLS, running.authority(), running.files("gateway")):  # none, none of its own, of another authority

@@ -208,6 +208,7 @@ def test_cancel_frees_the_denoiser(client: Client, picture: Path, pose_video: Pa
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_denoiser_costs_no_generation_and_changes_no_bit(
     client: Client, system: System, picture: Path, pose_video: Path, tmp_path: Path
 ) -> None:

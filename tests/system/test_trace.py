@@ -18,6 +18,8 @@ from runtime import telemetry
 from tests.system.conftest import start_system, stop_system, wait_until_up
 from tests.system.media import write_picture, write_pose_video
 
+pytestmark = pytest.mark.slow  # a system with a collector of traces
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -105,7 +107,6 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pb.Genera
         server.stop(None).wait()
 
 
-@pytest.mark.slow
 def test_spans_explain_ninety_nine_hundredths_of_the_time(traced: tuple[pb.Generation, list[Seen]]) -> None:
     generation, spans = traced
     parts = [span for span in spans if span.name != telemetry.SPAN_GENERATION]

@@ -134,6 +134,7 @@ async def until_step(answers: Answers, number: int) -> None:
             await asyncio.sleep(0.005)
 
 
+@pytest.mark.slow
 async def test_a_group_lives_as_one_stage_until_a_worker_dies(bundle: Bundle, tmp_path: Path) -> None:
     async with stage(bundle) as alone:
         expected = latents(await run(alone))
