@@ -106,6 +106,17 @@ async def test_a_low_one_that_is_denoised_is_put_aside_for_an_urgent_one_and_goe
     assert states == [QUEUED, RUNNING, QUEUED, RUNNING, SUCCEEDED]
 
 
+async def test_what_waits_is_begun_when_another_ends_and_not_at_the_next_poll(work: Work) -> None:
+    work.store.claims._poll_s = 60.0
+    work.fake.pause = {"Denoise"}
+    first = await work.create()
+    await work.denoising()
+    second = await work.create()
+    work.fake.pause = set()
+    work.fake.resume.set()
+    assert [(await work.ended(job)).state for job in (first, second)] == [SUCCEEDED, SUCCEEDED]
+
+
 async def test_one_of_the_same_priority_waits_for_its_turn(work: Work) -> None:
     work.fake.pause = {"Denoise"}
     first = await work.create(priority=5)

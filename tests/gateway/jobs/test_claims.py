@@ -298,6 +298,20 @@ async def test_a_worker_that_may_not_begin_anything_now_waits(store: JobStore) -
         assert (await waiting).priority == 1
 
 
+async def test_a_worker_that_is_told_to_look_again_does_not_wait_for_the_next_poll(where: Path | str) -> None:
+    store = JobStore(where, poll_s=60.0)
+    await store.open()
+    limit: list[int | None] = [None]
+    await created(store)
+    waiting = asyncio.create_task(store.claims.next_job(lambda: limit[0]))
+    await asyncio.sleep(0.1)
+    limit[0] = -1
+    store.claims.look_again()
+    async with asyncio.timeout(5):
+        await waiting
+    await store.close()
+
+
 # Several gateways
 
 
