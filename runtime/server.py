@@ -63,12 +63,12 @@ SERVER_OPTIONS = (
 
 
 class Service(Protocol):
-    """A stage's own service: loads its models, then answers its rpcs."""
+    """A stage's own service: loads its models and warms up, then answers its rpcs."""
 
     full_name: str
 
     def load(self) -> None:
-        """Builds and fills the models; runs on the device's thread, before any rpc is let in."""
+        """Builds and fills the models, and computes with them once; runs on the device's thread, before any rpc is let in."""
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Registers the generated servicer."""
@@ -304,7 +304,10 @@ class StageServer:
         took_s = time.monotonic() - begun
         telemetry.LOAD_SECONDS.put(took_s, stage=self._runtime.stage)
         _log.info("%s: loaded in %.1f s", self._runtime.stage, took_s)
-        self._runtime.set_state(State.STAGE_STATE_SERVING)
+        warm_up_s = self._runtime.warm_up_s
+        self._runtime.set_state(
+            State.STAGE_STATE_SERVING, "" if warm_up_s is None else f"warmed up in {warm_up_s:.1f} s"
+        )
         await self._health.set(self._service.full_name, _SERVING)
 
     async def drain(self, grace_s: float) -> None:

@@ -86,6 +86,7 @@ class StageRuntime:
     Attributes:
         decisive: settings of a service that change what it computes, by name; to be filled while it loads.
         revision: of what the stage computes from the same inputs; empty until it has loaded.
+        warm_up_s: seconds of the first computation on the loaded models; None: there was none.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class StageRuntime:
         self.fingerprints: dict[str, str] = {}
         self.revision = ""
         self.attention_backend = ""
+        self.warm_up_s: float | None = None
         self.state: State.ValueType = State.STAGE_STATE_LOADING
         self.state_detail = "starting"
         self.broken = asyncio.Event()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -10,12 +13,26 @@ from torch import nn
 
 from bunraku.errors import StageBroken
 from runtime.bundles import BundleComponent
-from runtime.stage import LoadedComponent
+from runtime.stage import LoadedComponent, StageRuntime
+
+_log = logging.getLogger(__name__)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU; float32 on a CPU, most of which are slower in bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@contextmanager
+def warming_up(runtime: StageRuntime) -> Iterator[None]:
+    """Around what a stage computes with its loaded models before it is ready; the status says how long that took."""
+    runtime.state_detail = f"warming up {runtime.bundle.name}"
+    begun = time.perf_counter()
+    yield
+    if runtime.device.startswith("cuda"):
+        torch.cuda.synchronize(runtime.device)
+    runtime.warm_up_s = time.perf_counter() - begun
+    _log.info("%s: warmed up in %.1f s", runtime.stage, runtime.warm_up_s)
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
