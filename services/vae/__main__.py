@@ -16,8 +16,8 @@ class VaeSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BUNRAKU_", frozen=True)
 
-    precision: Literal["auto", "exact", "balanced"] = Field(
-        default="auto", description="exact: float32; balanced: float16; auto: balanced on a GPU, exact on a CPU"
+    precision: Literal["auto", "exact", "balanced", "fast"] = Field(
+        default="auto", description="exact: float32; balanced and fast: float16; auto: float16 on a GPU, else float32"
     )
     vram: ByteSize | None = Field(
         default=None,

@@ -1,15 +1,14 @@
 """The walk: both halves of a VAE on frames whose channels are last in memory, [n, h, w, C].
 
-It computes the numbers of `model.py`, up to rounding, from the same modules and with the same past, which holds its
-frames in this layout. What it saves is memory traffic: a norm writes into the place from which the convolution after
-it reads, behind the frames of the past, so nothing is padded, concatenated or copied on the way.
+It computes the numbers of `model.py`, up to rounding, from the same modules and with the same past, which is in
+this layout. What it saves is memory traffic: a norm writes into the place from which the convolution after it reads,
+so nothing is padded or concatenated on the way, and what a convolution leaves apart is added up where it is read.
 
 Applied to a loaded VAE from outside: `walk_channels_last`. For inference only.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -19,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.vae.convolution import Form, arranged, best_form
+from runtime.kernels import can_compile
+from services.vae.convolution import Doubling, Form, arranged, best_form
 from services.vae.glue import PLAIN, Glue, Sum
 from services.vae.model import (
     AttentionBlock,
@@ -64,9 +64,7 @@ def use_walk(vae: Vae, walk: Walk) -> None:
 
 def best_glue(device: torch.device) -> Glue:
     """Fused where there are kernels for the device."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return PLAIN
-    if torch.cuda.get_device_capability(device) < _OLDEST_CAPABILITY:
+    if not can_compile(device, _OLDEST_CAPABILITY):
         return PLAIN
     from services.vae.triton_glue import TRITON
 
@@ -83,6 +81,7 @@ class Walk:
             for layer in vae.modules()
             if isinstance(layer, CausalConv3d)
         }
+        self._doublings = {layer: Doubling(layer) for layer in vae.modules() if isinstance(layer, Upsample)}
         for layer in vae.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
@@ -92,15 +91,14 @@ class Walk:
         if len(x) > 1:
             return torch.cat([self.half(half, x[i : i + 1], past.part(i)) for i in range(len(x))])
         frames = x.squeeze(0).permute(1, 2, 3, 0)
-        if past.grid == Grid(1, 1):
-            frames = self.run(steps_of(half), frames, past)
-        elif isinstance(half, Encoder):
-            cut = cut_of(half)
-            frames = self.run(cut.whole, self._tiled(cut, frames, past, inside=cut.scale, outside=1), past)
-        else:
-            cut = cut_of(half)
-            frames = self._tiled(cut, self.run(cut.whole, frames, past), past, inside=1, outside=cut.scale)
+        frames = self._in_tiles(half, frames, past) if past.is_in_tiles else self.run(steps_of(half), frames, past)
         return frames.permute(3, 0, 1, 2).unsqueeze(0)
+
+    def _in_tiles(self, half: Encoder | Decoder, x: Tensor, past: Past) -> Tensor:
+        cut = cut_of(half)
+        if isinstance(half, Encoder):
+            return self.run(cut.whole, self._tiled(cut, x, past, inside=cut.scale, outside=1), past)
+        return self._tiled(cut, self.run(cut.whole, x, past), past, inside=1, outside=cut.scale)
 
     def _tiled(self, cut: Cut, x: Tensor, past: Past, *, inside: int, outside: int) -> Tensor:
         """The layers of tiles, one tile after the other.
@@ -113,7 +111,9 @@ class Walk:
         whole: Tensor | None = None
         for row, column in product(rows, columns):
             tile = x[:, row.computed(inside), column.computed(inside)].contiguous()
-            y = self.tile(cut, tile, past.part((row.start, column.start)))
+            y = self.tile(cut, tile, past.tile((row.start, column.start)))
+            if past.grid == Grid(1, 1):
+                return y
             if whole is None:
                 whole = y.new_empty(len(y), rows[-1].stop * outside, columns[-1].stop * outside, y.shape[-1])
             whole[:, row.place(outside), column.place(outside)] = y[:, row.kept(outside), column.kept(outside)]
@@ -122,12 +122,11 @@ class Walk:
 
     def tile(self, cut: Cut, tile: Tensor, past: Past) -> Tensor:
         """The layers of tiles on one, with a past of its own."""
-        if not past.is_hosted:
+        at_once = past.frames_at_once
+        # the first frame of a clip passes the changes of frame rate by itself
+        if at_once is None or past.at_start:
             return self.run(cut.tiled, tile, past)
-        past.fetch(tile.device)
-        y = self.run(cut.tiled, tile, past)
-        past.put_away()
-        return y
+        return torch.cat([self.run(cut.tiled, frames, past) for frames in torch.split(tile, at_once)])
 
     def run(self, layers: Iterable[nn.Module], x: Tensor, past: Past) -> Tensor:
         """Layers one after the other. `x` may be written into by none of them."""
@@ -174,33 +173,18 @@ class Walk:
 
     def _activated(self, norm: RMSNorm, layer: CausalConv3d, x: Sum, past: Past) -> Sum:
         """Norm, SiLU and a convolution over time of stride 1."""
-        first = x.terms[0]
-        frames, is_first = self._behind_past(layer, first, past)
+        convolution, first = self._convolutions[layer], x.first
+        frames = convolution.room(first)
         self._glue.normed(x, norm.gamma.flatten(), frames[-len(first) :], silu=True)
         del x, first  # before the convolution needs room
-        return self._convolved(layer, frames, is_first, past)
+        return convolution(frames, past)
 
     def _after_past(self, layer: CausalConv3d, x: Tensor, past: Past) -> Sum:
         """A convolution over time of any stride."""
-        frames, is_first = self._behind_past(layer, x, past)
+        convolution = self._convolutions[layer]
+        frames = convolution.room(x)
         frames[-len(x) :] = x
-        return self._convolved(layer, frames, is_first, past)
-
-    def _behind_past(self, layer: CausalConv3d, like: Tensor, past: Past) -> tuple[Tensor, bool]:
-        """Room for frames as `like`, behind those that `layer` has to remember (zeros, if it has seen none)."""
-        count = layer.kernel_size[0] - layer.stride[0]
-        frames = like.new_empty(count + len(like), *like.shape[1:])
-        before = past.frames.get(layer)
-        frames[:count] = 0 if before is None else before
-        return frames, before is None
-
-    def _convolved(self, layer: CausalConv3d, frames: Tensor, is_first: bool, past: Past) -> Sum:
-        count = layer.kernel_size[0] - layer.stride[0]
-        if is_first:
-            past.remember(layer, frames[-count:])
-        else:
-            past.frames[layer].copy_(frames[-count:])
-        return self._convolutions[layer](frames, only_newest=is_first and len(frames) == layer.kernel_size[0])
+        return convolution(frames, past)
 
     def _attention(self, block: AttentionBlock, x: Tensor) -> Tensor:
         n, h, w, channels = x.shape
@@ -226,20 +210,30 @@ class Walk:
     def _upsample(self, layer: Upsample, x: Tensor, past: Past) -> Tensor:
         time_conv = layer.time_conv
         if time_conv is not None:
-            x = _after_first(lambda later: self._doubled(time_conv, later, past), x, past)
-        return per_picture(layer.resample, x)
+            x = _after_first(lambda later: self._rate_doubled(time_conv, later, past), x, past)
+        n, h, w, _ = x.shape
+        doubling = self._doublings[layer]
+        out = x.new_empty(n, 2 * h, 2 * w, doubling.out_channels)
+        at_once = pictures_at_once(x)
+        for part, place in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
+            self._glue.doubled(doubling(part), doubling.bias, place)
+        return out
 
-    def _doubled(self, time_conv: CausalConv3d, x: Tensor, past: Past) -> Tensor:
+    def _rate_doubled(self, time_conv: CausalConv3d, x: Tensor, past: Past) -> Tensor:
         """The first half of the channels are the even frames, the second the odd ones."""
         y = self._glue.total(self._after_past(time_conv, x, past))
         n, h, w, _ = x.shape
         return y.view(n, h, w, 2, -1).permute(0, 3, 1, 2, 4).reshape(2 * n, h, w, -1)
 
 
+def pictures_at_once(x: Tensor) -> int:
+    """How many frames a layer for pictures takes that makes larger ones on the way; large ones go one by one."""
+    return max(1, _BYTES_OF_PICTURES // x[0].nbytes)
+
+
 def per_picture(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a layer for pictures [N, C, h, w] to every frame; large ones one by one, as what lies between is larger."""
-    at_once = max(1, _BYTES_OF_PICTURES // x[0].nbytes)
-    parts = [layer(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for part in torch.split(x, at_once)]
+    """Applies a layer for pictures [N, C, h, w] to every frame."""
+    parts = [layer(part.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for part in torch.split(x, pictures_at_once(x))]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -123,64 +123,67 @@ class Grid:
 
 
 class Past:
-    """What the layers remember of one clip between chunks: the last input frames of every convolution over time."""
+    """What the layers remember of one clip between chunks: the last input frames of every convolution over time.
 
-    def __init__(self, grid: Grid = Grid(1, 1), *, is_hosted: bool = False) -> None:
+    Or what these frames add to the next ones, which is as large: the channels-last walk decides.
+    """
+
+    def __init__(self, grid: Grid = Grid(1, 1), frames_at_once: int | None = None) -> None:
         """For a new clip.
 
         Args:
             grid: of the tiles that the channels-last walk computes one by one; a plain forward pass has no tiles.
-            is_hosted: whether what a tile remembers waits in host memory until its next turn.
+            frames_at_once: of those of a chunk that the walk computes in a tile; None: all.
         """
-        self.grid, self.is_hosted = grid, is_hosted
+        self.grid, self.frames_at_once = grid, frames_at_once
         self.at_start = True
         """Whether the chunk under way holds the clip's first frame; it passes the changes of frame rate alone."""
         self.frames: dict[nn.Module, Tensor] = {}
         self._parts: dict[Hashable, Past] = {}
-        self._away: dict[nn.Module, Tensor] = {}
+
+    @property
+    def is_in_tiles(self) -> bool:
+        """Whether some layers do not see whole chunks."""
+        return self.grid != Grid(1, 1) or self.frames_at_once is not None
 
     def part(self, key: Hashable) -> Past:
-        """The past of a part of the clip that is computed by itself: of one sample, or of one tile."""
-        part = self._parts.setdefault(key, Past(self.grid, is_hosted=self.is_hosted))
-        part.at_start = self.at_start
-        return part
+        """The past of a part of the clip that is computed by itself: of one sample of a batch."""
+        return self._kept(key, lambda: Past(self.grid, self.frames_at_once))
 
-    def fetch(self, device: torch.device) -> None:
-        """Brings what was put away to the device."""
-        away = self._away.items()
-        self.frames = {layer: frames.to(device, non_blocking=True, copy=True) for layer, frames in away}
-
-    def put_away(self) -> None:
-        """Moves all frames to host memory: pinned, so that the copies wait in the device's queue and not here."""
-        for layer, frames in self.frames.items():
-            if layer not in self._away:
-                host = "meta" if frames.is_meta else "cpu"
-                self._away[layer] = torch.empty_like(frames, device=host, pin_memory=frames.is_cuda)
-            self._away[layer].copy_(frames, non_blocking=True)
-        self.frames = {}
+    def tile(self, key: Hashable) -> Past:
+        """The past of a tile."""
+        return self.part(key)
 
     def as_large_as(self, other: Past) -> None:
         """Remembers as many bytes as another past of the same layers, of any values."""
         self.frames = {layer: torch.empty_like(frames) for layer, frames in other.frames.items()}
-        self._away = {layer: torch.empty_like(frames) for layer, frames in other._away.items()}
 
-    def hosted(self) -> Iterator[Tensor]:
-        """What is in host memory, of all parts."""
-        yield from self._away.values()
-        for part in self._parts.values():
-            yield from part.hosted()
+    def recall(self, layer: nn.Module) -> Tensor | None:
+        """What `layer` remembers, which may be written to until another layer's is asked for; None: nothing yet."""
+        return self.frames.get(layer)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Makes `frames`, which nothing else uses, what `layer` remembers."""
+        self.frames[layer] = frames
+
+    def remember(self, layer: nn.Module, frames: Tensor) -> None:
+        self.keep(layer, frames.clone())  # a view would keep the whole chunk alive
 
     def join(self, layer: nn.Module, x: Tensor, count: int) -> Tensor:
         """Puts the last `count` frames that `layer` saw (at first zeros) before `x`; remembers the new last ones."""
-        before = self.frames.get(layer)
+        before = self.recall(layer)
         if before is None:
             before = x.new_zeros(*x.shape[:2], count, *x.shape[3:])
         joined = torch.cat([before, x], dim=2)
         self.remember(layer, joined[:, :, -count:])
         return joined
 
-    def remember(self, layer: nn.Module, frames: Tensor) -> None:
-        self.frames[layer] = frames.clone()  # a view would keep the whole chunk alive
+    def _kept(self, key: Hashable, make: Callable[[], Past]) -> Past:
+        """The part of a key, made the first time."""
+        if key not in self._parts:
+            self._parts[key] = make()
+        self._parts[key].at_start = self.at_start
+        return self._parts[key]
 
 
 class Causal:

@@ -2,14 +2,14 @@
 
 The bytes are counted, not estimated: a group of frames passes through the walk itself on the meta device, which makes
 every tensor of the real sizes and none of their contents, and the most that is alive at once is noted. What the count
-cannot see, the workspaces of convolutions and gaps between allocations, stands in the constants below.
+cannot see, what the driver takes and gaps between allocations, stands in the constants below.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -20,22 +20,22 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from runtime.vram import OVERHEAD_BYTES as DEVICE_OVERHEAD_BYTES
 from runtime.weights import build_on_meta
 from services.vae.channels_last import ChooseForm, Walk, use_walk
 from services.vae.color import match_colors
 from services.vae.convolution import best_form
 from services.vae.glue import PLAIN, Glue, Sum
+from services.vae.hosting import HostedPast
 from services.vae.model import Grid, Past, Vae, VaeConfig, from_uint8, to_uint8
-from services.vae.tiles import Cut
+from services.vae.tiles import Cut, cut_of
 
 GIB = 1024**3
-# The driver's own on a GPU: the context, loaded kernels, the workspaces of cuDNN and cuBLAS
-DEVICE_OVERHEAD_BYTES = 768 * 1024**2
 _HOST_OVERHEAD_BYTES = 512 * 1024**2  # on a CPU: the interpreter, PyTorch, messages under way
 _GAPS = 1.1  # allocated, of what is used
 _FEWEST_PIXELS = 64  # on a side of a tile; less is mostly surroundings
 CLIPS_AT_A_TIME = 2  # unless BUNRAKU_MAX_CONCURRENT says otherwise
-_MOST_TILES_ON_DEVICE = 12  # more of them save nothing, as what all of them remember stays
+_MOST_TILES_ON_DEVICE = 4  # more of them save nothing, as what all of them remember stays
 Direction = Literal["encode", "decode"]
 
 
@@ -48,21 +48,23 @@ class Tiling:
         is_hosted: whether what tiles remember of earlier frames waits in host memory until their next turn.
         device_bytes: at the worst moment, without weights and the driver's own.
         host_bytes: pinned, of one clip.
+        frames_at_once: of a group, in a tile; None: all.
     """
 
     grid: Grid
     is_hosted: bool
     device_bytes: int
     host_bytes: int
+    frames_at_once: int | None = None
 
     def past(self) -> Past:
         """For a new clip."""
-        return Past(self.grid, is_hosted=self.is_hosted)
+        return HostedPast(self.grid) if self.is_hosted else Past(self.grid, self.frames_at_once)
 
     def __str__(self) -> str:
-        if self.grid == Grid(1, 1):
-            return "whole frames"
-        return f"{self.grid} tiles{' from host memory' if self.is_hosted else ''}"
+        tiles = "whole frames" if self.grid == Grid(1, 1) else f"{self.grid} tiles"
+        at_once = "" if self.frames_at_once is None else f", {self.frames_at_once} at a time"
+        return f"{tiles}{at_once}{' from host memory' if self.is_hosted else ''}"
 
 
 WHOLE = Tiling(Grid(1, 1), is_hosted=False, device_bytes=0, host_bytes=0)
@@ -102,8 +104,8 @@ def plan_tiles(machine: Machine, direction: Direction, height: int, width: int, 
     """
     fixed = machine.fixed_bytes
     least: Tiling | None = None
-    for grid, is_hosted in _candidates(machine, height, width):
-        tiling = _counted(machine, direction, height, width, grid, is_hosted)
+    for candidate in _candidates(machine, direction, height, width):
+        tiling = _counted(machine, direction, height, width, candidate)
         if fixed + clips * tiling.device_bytes <= budget:
             return tiling
         least = tiling if least is None or tiling.device_bytes < least.device_bytes else least
@@ -119,12 +121,26 @@ def weight_bytes(config: VaeConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in build_on_meta(lambda: Vae(config)).parameters()) * dtype.itemsize
 
 
-def _candidates(machine: Machine, height: int, width: int) -> Iterator[tuple[Grid, bool]]:
-    """Grids, and whether tiles are remembered in host memory, cheapest first."""
-    grids = [grid for grid in _grids(height, width) if grid.rows * grid.columns <= _MOST_TILES_ON_DEVICE]
-    yield from ((grid, False) for grid in grids)
+def _candidates(machine: Machine, direction: Direction, height: int, width: int) -> Iterator[Tiling]:
+    """Ways to compute frames, cheapest first; nothing is counted yet."""
+    grids = _grids(height, width)
+    fewer = _frames_at_once(machine.config, direction)
+    yield WHOLE
+    yield from (replace(WHOLE, frames_at_once=count) for count in fewer)
+    least = replace(WHOLE, frames_at_once=fewer[-1] if fewer else None)
+    yield from (replace(least, grid=grid) for grid in grids[1:] if grid.rows * grid.columns <= _MOST_TILES_ON_DEVICE)
     if machine.device_type == "cuda":
-        yield from ((grid, True) for grid in _grids(height, width) if grid != Grid(1, 1))
+        yield from (replace(WHOLE, grid=grid, is_hosted=True) for grid in grids)
+
+
+@lru_cache(maxsize=8)
+def _frames_at_once(config: VaeConfig, direction: Direction) -> Sequence[int]:
+    """Of those that tiles get in a group: half as many, and so on."""
+    vae = build_on_meta(lambda: Vae(config))
+    rate = cut_of(vae.encoder).frames if direction == "encode" else cut_of(vae.decoder).frames
+    most = config.frames_per_latent if direction == "encode" else config.frames_per_latent // rate
+    fewest = rate if direction == "encode" else 1
+    return [most // 2**i for i in range(1, most.bit_length()) if most // 2**i >= fewest]
 
 
 def _grids(height: int, width: int) -> Sequence[Grid]:
@@ -139,15 +155,15 @@ def _grids(height: int, width: int) -> Sequence[Grid]:
 
 
 @lru_cache(maxsize=256)
-def _counted(machine: Machine, direction: Direction, height: int, width: int, grid: Grid, is_hosted: bool) -> Tiling:
+def _counted(machine: Machine, direction: Direction, height: int, width: int, tiling: Tiling) -> Tiling:
     """Two groups after the first: by the second, every layer remembers what it ever will."""
-    vae, past = _meta_vae(machine), Past(grid, is_hosted=is_hosted)
+    vae, past = _meta_vae(machine), tiling.past()
     past.at_start = False
     with torch.inference_mode(), _AttentionInPlace(), _Alive() as alive:
         for _ in range(2):
             _pass(vae, direction, height, width, past)
-    host = sum(tensor.nbytes for tensor in past.hosted())
-    return Tiling(grid, is_hosted, int((alive.most - host) * _GAPS), host)
+    host = sum(tensor.nbytes for tensor in past.hosted()) if isinstance(past, HostedPast) else 0
+    return replace(tiling, device_bytes=int((alive.most - host) * _GAPS), host_bytes=host)
 
 
 def _pass(vae: Vae, direction: Direction, height: int, width: int, past: Past) -> None:
@@ -202,7 +218,10 @@ class _GlueWithoutMemory:
         pass
 
     def total(self, x: Sum) -> Tensor:
-        return x.terms[0]
+        return x.first if x.first.is_contiguous() else torch.empty_like(x.first, memory_format=torch.contiguous_format)
+
+    def doubled(self, phases: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        pass
 
 
 _WITHOUT_MEMORY: Glue = _GlueWithoutMemory()

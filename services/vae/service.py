@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -19,16 +20,20 @@ from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT16, FLOATS, UINT8, WireTensor, require
-from runtime.torch_stage import loaded_component, require_finite
+from runtime.torch_stage import loaded_component, require_finite, warming_up
 from runtime.torch_tensors import from_torch, to_torch
+from runtime.vram import cap_memory, outside_allocator, use_growing_blocks
 from services.vae.channels_last import best_glue, walk_channels_last
 from services.vae.color import match_colors
 from services.vae.glue import PLAIN
 from services.vae.model import PRESETS, Past, Vae, VaeConfig, from_uint8, to_uint8
-from services.vae.plan import DEVICE_OVERHEAD_BYTES, WHOLE, Direction, DoesNotFit, Machine, Tiling, plan_tiles
+from services.vae.plan import WHOLE, Direction, DoesNotFit, Machine, Tiling, plan_tiles
+from services.vae.transfer import OneBehind, to_device
+from services.vae.warm_up import warm_up
 from services.vae.weights import load_vae
 
-AUTO_PRECISION, EXACT, BALANCED = "auto", "exact", "balanced"
+_log = logging.getLogger(__name__)
+AUTO_PRECISION, EXACT = "auto", "exact"
 _MIN_SIDE, _MAX_SIDE, _MAX_FRAMES = 16, 4096, 10_000
 _ROUNDING: dict[int, Literal["round", "truncate"]] = {
     pb.PixelRounding.PIXEL_ROUNDING_UNSPECIFIED: "round",
@@ -51,7 +56,10 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         precision: str = AUTO_PRECISION,
         vram_bytes: int | None = None,
     ) -> None:
-        """precision: `auto`, `exact` or `balanced`. vram_bytes: that the process may use; None: what its device has."""
+        """precision: `auto`, `exact`, `balanced`, or `fast`, which is the same here.
+
+        vram_bytes: that the process may use; None: what its device has.
+        """
         self._runtime, self._bundle = runtime, bundle
         self._precision, self._vram_bytes = precision, vram_bytes
         self._vae: Vae
@@ -72,6 +80,17 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         self._vae = load_vae(component.files, config, device=device, dtype=dtype)
         walk_channels_last(self._vae, glue=glue)
         self._runtime.components.append(loaded_component(component, self._vae))
+        with warming_up(self._runtime):
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Computes something of what an animation of the bundle's size will."""
+        video = self._bundle.video
+        try:
+            warm_up(self._vae, video.height, video.width, self._planned)
+        except (OutOfMemory, torch.OutOfMemoryError) as error:
+            # smaller frames may fit, and those that do not are refused one by one
+            _log.warning("frames of %dx%d: %s", video.width, video.height, error)
 
     async def Encode(self, requests: AsyncIterator[pb.EncodeRequest], context: Context) -> AsyncIterator[Any]:
         incoming = self._runtime.receive(requests, context)
@@ -88,6 +107,7 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
                 progress=pb.VaeProgress(completed_frames=encoder.received, total_frames=parameters.num_frames)
             )
         encoder.finish()
+        latents += await self._runtime.gpu.run(encoder.rest)
         tensor = from_torch("latents", torch.cat(latents, dim=2))
         for message in self._runtime.send(pb.EncodeResponse, [tensor], context):
             yield message
@@ -118,18 +138,23 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         skip = parameters.skip_frames
         if skip == _frames_of(latents, self._vae.config):
             return
+        leaving = OneBehind()
         for decoded in self._vae.decode_stream(torch.split(clip, 1, dim=2), tiling.past()):
             raise_if_cancelled()
-            require_finite("frames", decoded)  # as bytes they would look like any others
             kept = decoded[:, :, min(skip, decoded.shape[2]) :]
             skip -= decoded.shape[2] - kept.shape[2]
-            if kept.shape[2]:
-                frames = to_uint8(kept, _ROUNDING[parameters.rounding])
-                if color_reference is not None:
-                    frames = match_colors(frames, color_reference, parameters.color_correction_strength)
-                yield from_torch("frames", frames)
+            frames = to_uint8(kept, _ROUNDING[parameters.rounding])
+            if color_reference is not None and len(frames):
+                frames = match_colors(frames, color_reference, parameters.color_correction_strength)
+            # as bytes NaN would look like any others, but no sum of it is finite
+            yield from _checked_frames(leaving.add(frames, decoded.sum()))
+        yield from _checked_frames(leaving.rest())
 
     async def _tiling(self, direction: Direction, height: int, width: int) -> Tiling:
+        """As `_planned`, which counts for seconds where a size is new."""
+        return await asyncio.to_thread(self._planned, direction, height, width)
+
+    def _planned(self, direction: Direction, height: int, width: int) -> Tiling:
         """How frames of this size are computed within the budget.
 
         Raises:
@@ -139,9 +164,7 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
             return WHOLE
         clips = self._runtime.limits.max_concurrent
         try:
-            return await asyncio.to_thread(
-                plan_tiles, self._machine, direction, height, width, self._budget, clips=clips
-            )
+            return plan_tiles(self._machine, direction, height, width, self._budget, clips=clips)
         except DoesNotFit as error:
             raise OutOfMemory(str(error)) from error
 
@@ -183,12 +206,20 @@ class VaeService(vae_pb2_grpc.VaeServiceServicer):
         return to_torch(require(tensors, "color_reference", shape, (UINT8,))).to(self._runtime.device)
 
 
+def _checked_frames(groups: list[tuple[Tensor, ...]]) -> Iterator[WireTensor]:
+    for frames, total in groups:
+        require_finite("frames", total)
+        if len(frames):
+            yield from_torch("frames", frames)
+
+
 class _ClipEncoder:
     """Encodes the frames of one clip as they come, in groups of 1, 4, 4, ...; holds at most one group of frames."""
 
     def __init__(self, vae: Vae, parameters: pb.EncodeParameters, device: str, past: Past) -> None:
-        self._vae, self._parameters, self._device, self._past = vae, parameters, device, past
+        self._vae, self._parameters, self._device, self._past = vae, parameters, torch.device(device), past
         self._group: list[Tensor] = []
+        self._leaving = OneBehind()
         self.received = 0
 
     def checked(self, item: Any) -> Tensor:
@@ -211,39 +242,48 @@ class _ClipEncoder:
 
     @torch.inference_mode()
     def add(self, frames: Tensor) -> list[Tensor]:
-        """The latents [1, C, 1, h, w] on the CPU that these frames complete."""
-        latents = []
+        """The latents [1, C, 1, h, w] on the CPU that are there by now."""
+        latents: list[Tensor] = []
         for frame in frames:
             self._group.append(frame.clone())
             if len(self._group) == (1 if self._past.at_start else self._vae.config.frames_per_latent):
                 raise_if_cancelled()
-                levels = torch.stack(self._group).to(self._device)
+                levels = to_device(torch.stack(self._group), self._device)
                 if levels.is_floating_point() and not bool(((levels >= 0) & (levels <= 255)).all()):
                     raise InvalidRequest(("frames", "must be levels 0 to 255"))
                 group = from_uint8(levels)
-                encoded = self._vae.encode_group(group, self._past).to("cpu")
-                latents.append(require_finite("latents", encoded))
+                latents += _checked_latents(self._leaving.add(self._vae.encode_group(group, self._past)))
                 self._group.clear()
         return latents
+
+    def rest(self) -> list[Tensor]:
+        """The latents that were not there yet."""
+        return _checked_latents(self._leaving.rest())
+
+
+def _checked_latents(groups: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [require_finite("latents", latents) for (latents,) in groups]
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """What a VAE computes in. float16 and not bfloat16: as fast, with a tenth of the error."""
-    balanced = device.type == "cuda" if precision == AUTO_PRECISION else precision == BALANCED
+    balanced = device.type == "cuda" if precision == AUTO_PRECISION else precision != EXACT
     return torch.float16 if balanced else torch.float32
 
 
 def _budget(device: torch.device, vram_bytes: int | None) -> int | None:
-    """Bytes that the process may use; None: nobody says, which is so on a CPU only."""
+    """Bytes that the process may use, which it then keeps to; None: nobody says, which is so on a CPU only."""
     if device.type != "cuda":
         return vram_bytes
     free, total = torch.cuda.mem_get_info(device)
-    if vram_bytes is None:
-        return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
-    # the allocator refuses what the plan has missed
-    allowed = max(0, vram_bytes - DEVICE_OVERHEAD_BYTES) / total
-    torch.cuda.set_per_process_memory_fraction(min(allowed, torch.cuda.get_per_process_memory_fraction(device)), device)
-    return vram_bytes
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    most = free + (outside_allocator(device) or 0)
+    if vram_bytes is None and fraction == 1:
+        use_growing_blocks()
+        return most
+    budget = min(vram_bytes or most, int(total * fraction))
+    cap_memory(device, budget)
+    return budget
 
 
 def _frames_of(latents: WireTensor, config: VaeConfig) -> int:

@@ -61,12 +61,14 @@ class Cut:
         whole: the others.
         reach: positions at the cut that a tile needs around it.
         scale: side of the square of positions, at the tiles' outer end, that a position at the cut stands for.
+        frames: at the tiles' outer end that one at the cut stands for. The encoder's tiles take multiples of it.
     """
 
     tiled: tuple[nn.Module, ...]
     whole: tuple[nn.Module, ...]
     reach: int
     scale: int
+    frames: int
 
     def windows(self, size: int, count: int) -> list[Window]:
         """Cuts `size` positions at the cut into `count` windows of about the same size."""
@@ -84,10 +86,11 @@ def cut_of(half: Encoder | Decoder) -> Cut:
         end = changes[min(_CHANGES_IN_ENCODER_TILES, len(changes)) - 1] + 1
         tiled, whole = steps[:end], steps[end:]
         scale = 2 ** sum(_changes(layer) for layer in tiled)
-        return Cut(tuple(tiled), tuple(whole), -(-reach_of(tiled) // scale), scale)
+        return Cut(tuple(tiled), tuple(whole), -(-reach_of(tiled) // scale), scale, _rate_of(tiled))
     start = changes[max(-1 - _CHANGES_IN_DECODER_TILES, -len(changes))] + 1
     whole, tiled = steps[:start], steps[start:]
-    return Cut(tuple(tiled), tuple(whole), reach_of(tiled), 2 ** sum(_changes(layer) for layer in tiled))
+    scale = 2 ** sum(_changes(layer) for layer in tiled)
+    return Cut(tuple(tiled), tuple(whole), reach_of(tiled), scale, _rate_of(tiled))
 
 
 def steps_of(half: Encoder | Decoder) -> list[nn.Module]:
@@ -123,3 +126,9 @@ def reach_of(layers: Iterable[nn.Module], reach: int = 0) -> int:
 def _changes(layer: nn.Module) -> bool:
     """Whether height and width change in a layer."""
     return any(isinstance(part, Downsample | Upsample) for part in layer.modules())
+
+
+def _rate_of(layers: Iterable[nn.Module]) -> int:
+    """Frames before or after the layers that one on the other side stands for."""
+    parts = [part for layer in layers for part in layer.modules()]
+    return int(2 ** sum(isinstance(part, Downsample | Upsample) and part.time_conv is not None for part in parts))

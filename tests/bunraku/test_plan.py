@@ -35,6 +35,23 @@ def test_a_budget_that_is_too_small_is_refused_with_what_is_needed() -> None:
     assert "need 3." in shown.output
 
 
+def test_exact_needs_more_than_four_gib_and_balanced_does_not() -> None:
+    asked = ["plan", "--bundle", BUNDLE, "--size", "896x512", "--frames", "81", "--vram", "4GiB"]
+    assert "0 of 40" in CliRunner().invoke(app, asked).output
+    refused = CliRunner().invoke(app, [*asked, "--precision", "exact"])
+    assert refused.exit_code == 2
+    assert "need 4.2" in refused.output
+
+
+def test_the_encoder_streams_what_does_not_fit() -> None:
+    asked = ["plan", "--bundle", BUNDLE, "--stage", "encoder"]
+    assert "2 layers of the text encoder" in CliRunner().invoke(app, [*asked, "--vram", "3GiB"]).output
+    assert "all on the device" in CliRunner().invoke(app, asked).output
+    refused = CliRunner().invoke(app, [*asked, "--vram", "2GiB"])
+    assert refused.exit_code == 2
+    assert "need 2.0" in refused.output
+
+
 @pytest.mark.parametrize(("option", "value"), [("--vram", "lots"), ("--size", "896"), ("--size", "axb")])
 def test_values_that_are_none_are_refused_by_their_option(option: str, value: str) -> None:
     shown = CliRunner().invoke(app, ["plan", "--bundle", BUNDLE, option, value])
@@ -50,7 +67,7 @@ def test_the_vae_is_planned_in_tiles_where_whole_frames_do_not_fit() -> None:
     rows = [line.split()[:3] for line in shown.output.splitlines() if "GiB  " in line]
     assert rows == [[str(gibibytes), "GiB", "whole"] for gibibytes in (3, 4, 6, 8, 12, 16, 24)]
     little = CliRunner().invoke(app, [*asked, "--vram", "1.6GiB"])
-    assert "encode: 1x2 tiles" in little.output
+    assert "encode: whole frames, 2 at a time" in little.output
     assert "of host memory" in little.output
     refused = CliRunner().invoke(app, [*asked, "--vram", "1GiB"])
     assert refused.exit_code == 2

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from services.vae import channels_last
 from services.vae.channels_last import walk_channels_last
-from services.vae.convolution import Form, arranged, best_form
-from services.vae.model import CausalConv3d, Decoder, Downsample, Encoder, Past, Vae
+from services.vae.convolution import Doubling, Form, arranged, best_form
+from services.vae.glue import PLAIN
+from services.vae.model import CausalConv3d, Decoder, Downsample, Encoder, Past, Upsample, Vae
 from tests.parity.cases import Case
 from tests.parity.vae import decoded, encoded, vae_of
 from tests.services.vae.test_model import CONFIGS, clip, noise
@@ -138,26 +139,41 @@ def test_half_precision_stays_close(kind: str) -> None:
 @pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("channels", [(3, 5), (6, 16)])
 @pytest.mark.parametrize("adds_bias", [False, True])
-def test_every_form_is_the_same_convolution(form: Form, channels: tuple[int, int], adds_bias: bool) -> None:
+@pytest.mark.parametrize("chunks", [[6], [1, 4, 1], [1, 1, 2, 2], [3, 3]])
+def test_every_form_is_the_same_convolution(
+    form: Form, channels: tuple[int, int], adds_bias: bool, chunks: list[int]
+) -> None:
     torch.manual_seed(0)
-    layer = CausalConv3d(*channels).requires_grad_(False)
+    layer, past = CausalConv3d(*channels).requires_grad_(False), Past()
     x = torch.randn(1, channels[0], 6, 5, 4)
-    frames = x[0].permute(1, 2, 3, 0).contiguous()
-    expected = torch.conv3d(x, layer.weight, layer.bias, padding=(0, 1, 1))[0].permute(1, 2, 3, 0)
-    behind_zeros = torch.cat([torch.zeros_like(frames[:2]), frames[:1]])
-    first = layer(x[:, :, :1], Past())[0].permute(1, 2, 3, 0)
+    behind_zeros = torch.nn.functional.pad(x, (1, 1, 1, 1, 2, 0))
+    expected = torch.conv3d(behind_zeros, layer.weight, layer.bias)[0].permute(1, 2, 3, 0)
     convolution = arranged(layer, form, adds_bias=adds_bias)
-    for result, truth in ((convolution(frames, only_newest=False), expected),) * 2 + (
-        (convolution(behind_zeros, only_newest=True), first),
+    for frames, truth in zip(
+        *(torch.split(each, chunks) for each in (x[0].permute(1, 2, 3, 0), expected)), strict=True
     ):
-        total: Tensor = sum(result.terms, torch.zeros(()))
-        assert all(term.is_contiguous() for term in result.terms)
-        close(total if result.bias is None else total + result.bias, truth)
+        room = convolution.room(frames)
+        room[-len(frames) :] = frames
+        close(PLAIN.total(convolution(room, past)), truth)
+
+
+def test_doubling_is_repeating_and_a_convolution() -> None:
+    torch.manual_seed(0)
+    layer = Upsample(6, 5, temporal=False).requires_grad_(False)
+    pictures = torch.randn(2, 6, 3, 4)
+    doubling = Doubling(layer)
+    phases = doubling(pictures.permute(0, 2, 3, 1).contiguous())
+    assert phases.shape == (2, 4, 5, 20)
+    out = torch.empty(2, 6, 8, 5)
+    PLAIN.doubled(phases, doubling.bias, out)
+    close(out, layer.resample(pictures).permute(0, 2, 3, 1))
 
 
 def test_forms_follow_the_number_of_channels_on_a_gpu_only() -> None:
     gpu = torch.device("cuda")
-    by_channels = {n: best_form(CausalConv3d(n, 1), gpu) for n in (3, 16, 96, 192)}
-    assert by_channels == {3: Form.GATHERED, 16: Form.GATHERED, 96: Form.PICTURES, 192: Form.VOLUME}
+    by_channels = {n: best_form(CausalConv3d(*n), gpu) for n in ((3, 96), (16, 384), (96, 96), (192, 192))}
+    assert list(by_channels.values()) == [Form.GATHERED, Form.GATHERED, Form.PICTURES, Form.PICTURES]
+    by_channels = {n: best_form(CausalConv3d(*n), gpu) for n in ((384, 384), (192, 384), (96, 192), (96, 3), (384, 16))}
+    assert list(by_channels.values()) == [Form.VOLUME, Form.VOLUME, Form.VOLUME, Form.STACKED, Form.STACKED]
     assert best_form(CausalConv3d(3, 1, (3, 1, 1)), gpu) is Form.VOLUME
     assert best_form(CausalConv3d(3, 1), torch.device("cpu")) is Form.VOLUME

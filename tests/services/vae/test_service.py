@@ -26,6 +26,7 @@ from runtime.stage import Limits
 from runtime.tensors import FLOAT32, UINT8, WireTensor
 from runtime.torch_tensors import from_torch, to_torch
 from runtime.weights import CheckpointMismatch
+from services.vae import service
 from services.vae.color import match_colors
 from services.vae.model import Decoder, Encoder, Grid, Vae, from_uint8, to_uint8
 from services.vae.plan import Tiling
@@ -547,6 +548,53 @@ async def test_what_exceeds_the_budget_is_refused_with_the_numbers(bundle: Bundl
         assert not vae.runtime.status().work
 
 
+class Holding:
+    """Holds results as on a GPU."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Tensor, ...]] = []
+
+    def add(self, *results: Tensor) -> list[tuple[Tensor, ...]]:
+        before, self._held = self._held, [results]
+        return before
+
+    def rest(self) -> list[tuple[Tensor, ...]]:
+        before, self._held = self._held, []
+        return before
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+async def test_results_that_come_one_behind_are_all_there(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, skip: int
+) -> None:
+    async with stage(bundle) as vae:
+        latents, frames = await encode(vae, clip(9)), await decode(vae, some_latents(3), skip_frames=skip)
+        monkeypatch.setattr(service, "OneBehind", Holding)
+        assert torch.equal(await encode(vae, clip(9)), latents)
+        assert torch.equal(await decode(vae, some_latents(3), skip_frames=skip), frames)
+
+
+def test_budget_of_a_gpu_is_what_is_said_or_what_it_has_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, capped = torch.device("cuda", 0), list[int]()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60, 100))
+    monkeypatch.setattr(service, "outside_allocator", lambda device: 5)
+    monkeypatch.setattr(service, "cap_memory", lambda device, budget: capped.append(budget))
+    monkeypatch.setattr(service, "use_growing_blocks", lambda: capped.append(-1))
+    for fraction, vram_bytes, expected, cap in (
+        (1.0, None, 65, -1),  # nothing to keep to, but gaps would be lost here too
+        (0.5, None, 50, 50),
+        (0.9, None, 65, 65),
+        (1.0, 40, 40, 40),
+        (0.3, 40, 30, 30),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device, value=fraction: value)
+        assert service._budget(gpu, vram_bytes) == expected
+        assert capped.pop() == cap
+    assert service._budget(torch.device("cpu"), None) is None
+    assert service._budget(torch.device("cpu"), 40) == 40
+    assert capped == []
+
+
 async def test_balanced_computes_in_float16(bundle: Bundle) -> None:
     async with stage(bundle) as exact, stage(bundle, precision="balanced") as balanced:
         expected, found = await encode(exact, clip(5)), await encode(balanced, clip(5))
@@ -559,13 +607,14 @@ async def test_balanced_computes_in_float16(bundle: Bundle) -> None:
 
 def test_precision_follows_the_device() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    names = [
-        (name, device.type, dtype_of(name, device)) for name in ("auto", "exact", "balanced") for device in (cpu, gpu)
-    ]
+    presets = ("auto", "exact", "balanced", "fast")
+    names = [(name, device.type, dtype_of(name, device)) for name in presets for device in (cpu, gpu)]
     assert [name[:2] for name in names if name[2] == torch.float16] == [
         ("auto", "cuda"),
         ("balanced", "cpu"),
         ("balanced", "cuda"),
+        ("fast", "cpu"),
+        ("fast", "cuda"),
     ]
 
 
