@@ -1,10 +1,12 @@
 """How fast poses are extracted, step by step: `python -m benchmarks.pose_chain [--device cuda] [--frames 96]`.
 
-The whole chain of services.pose.extract for one person at 512x896, at the sizes of the released models with random
-weights. NLF is the real network. The two ONNX networks stand here as PyTorch modules with the same layers (their files
-are not at hand, and onnxruntime's GPU build is not on every machine), in float32 with TF32, as onnxruntime runs them on
-CUDA; what they find is then replaced by one person, so that all later steps have their work. Decoding the video is not
-part of it. A step's time includes its copies between host and device.
+The whole chain of services.pose for one person at 512x896, at the sizes of the released models with random weights. NLF
+is the real network. The two ONNX networks stand here as PyTorch modules with the same layers (their files are not at
+hand, and onnxruntime's GPU build is not on every machine), in float32 with TF32 as onnxruntime runs them on CUDA: they
+take tensors of the device as the sessions do, wait for the device before and after, and what they find is then replaced by
+one person, so that all later steps have their work. Decoding the video is not part of it; scaling it is, with --source.
+
+The rate and the steps are of one run; what is within them is of another, in which the device is waited for at each.
 """
 
 from __future__ import annotations
@@ -27,18 +29,17 @@ from torch.nn import functional
 from benchmarks.pose_render import dancing, synchronise
 from services.pose.clip import Clip, Frame
 from services.pose.detect import YoloxDetector
+from services.pose.draw import halved
 from services.pose.extract import PoseExtractor
-from services.pose.fit import halve
 from services.pose.habits import HABITS
 from services.pose.keypoints import WholeBodyEstimator
+from services.pose.networks import NetworkModels
 from services.pose.nlf.backbone import BACKBONES, OUT_CHANNELS, efficientnet
 from services.pose.nlf.config import HeadSizes, NlfConfig, NlfQuirks
-from services.pose.nlf.detector import DetectorConfig, HostCopy, PersonDetector
 from services.pose.nlf.model import CropModel, NlfEstimator
-from services.pose.persons.masks import PersonMasks
+from services.pose.onnx import OnnxSettings
 from services.pose.progress import Progress
-from services.pose.threads import beside_each_other
-from services.pose.whole_body import Person, find_people
+from services.pose.whole_body import Person
 
 HEIGHT, WIDTH = 512, 896
 NUM_POINTS, NUM_CELLS = 1048, 8400
@@ -167,13 +168,16 @@ class RtmPoseL(nn.Module):
 
 
 class Stopwatch:
-    """Seconds by name; waits for the device before and after."""
+    """Seconds by name; while it is on, it waits for the device before and after."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict[str, float](float)
+        self.device, self.seconds, self.on = device, defaultdict[str, float](float), False
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
+        if not self.on:
+            yield
+            return
         synchronise(self.device)
         begun = time.perf_counter()
         yield
@@ -184,25 +188,35 @@ class Stopwatch:
 class StandIn:
     """Does a network's work, and answers what is given; has the interface of services.pose.onnx.OnnxNetwork."""
 
-    source, provider, gives, batch = "stand-in", "torch", "", 8
+    source, provider, gives, batch = "stand-in", "torch", "", OnnxSettings().max_batch
 
     def __init__(
         self, name: str, network: nn.Module, size: tuple[int, int], answers: Mapping[str, Any], watch: Stopwatch
     ) -> None:
         self._name, self._network, self._watch = name, network.to(watch.device).eval(), watch
-        (self.height, self.width), self._answers = size, answers
-        self.shapes = {name: values.shape for name, values in answers.items()}
+        self.device, (self.height, self.width) = watch.device, size
+        self.answer(answers)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         print(f"{name}: {parameters / 1e6:.1f} million parameters, released: {RELEASED[name] / 1e6:.1f}")
 
+    def answer(self, answers: Mapping[str, Any]) -> None:
+        """What is found in every picture from now on."""
+        self._answers = {name: torch.from_numpy(values).to(self.device) for name, values in answers.items()}
+        self.shapes = {name: values.shape for name, values in answers.items()}
+
     @torch.inference_mode()
-    def run(self, pictures: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+    def run_on_device(self, pictures: Tensor) -> dict[str, Tensor]:
         with self._watch.measure(self._name):
             for start in range(0, len(pictures), self.batch):
-                found = self._network(torch.from_numpy(pictures[start : start + self.batch]).to(self._watch.device))
-                for part in found if isinstance(found, tuple) else (found,):
-                    part.cpu()
-        return {name: np.repeat(values[None], len(pictures), axis=0) for name, values in self._answers.items()}
+                synchronise(self.device)
+                self._network(pictures[start : start + self.batch])
+                synchronise(self.device)
+        count = len(pictures)
+        return {name: values.expand(count, *values.shape).contiguous() for name, values in self._answers.items()}
+
+    def run(self, pictures: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+        """Where there is no GPU."""
+        return {name: values.numpy() for name, values in self.run_on_device(torch.from_numpy(pictures)).items()}
 
 
 def one_person(side: int, centred: bool) -> npt.NDArray[np.float32]:
@@ -231,34 +245,29 @@ def seen_points() -> dict[str, npt.NDArray[np.float32]]:
     return found
 
 
-class Models:
-    """The networks of the chain; implements services.pose.extract.PoseModels."""
-
-    masks: Mapping[str, PersonMasks] = {}
+class Models(NetworkModels):
+    """The networks of the chain."""
 
     def __init__(self, watch: Stopwatch, joints: npt.NDArray[np.float32]) -> None:
-        self.device, self._watch, self._joints, self._at = watch.device, watch, joints, 0
-        yolox = YoloxL()
-        detector: Any = StandIn("person detector", yolox, (640, 640), {"output": one_person(640, False)}, watch)
-        again: Any = StandIn("person detector", yolox, (640, 640), {"output": one_person(640, True)}, watch)
+        self._watch, self._located, self._at = watch, joints, 0
+        # NLF's pictures lie in the middle of theirs
+        self._corner, self._middle = ({"output": one_person(640, centred)} for centred in (False, True))
+        yolox: Any = StandIn("person detector", YoloxL(), (640, 640), self._corner, watch)
         whole_body: Any = StandIn("whole-body keypoints", RtmPoseL(), (384, 288), seen_points(), watch)
-        self._detector, self._estimator = YoloxDetector(detector), WholeBodyEstimator(whole_body)
-        self._nlf, self._again, self._on_host = _nlf(watch), again, HostCopy()
+        super().__init__(YoloxDetector(yolox), WholeBodyEstimator(whole_body), _nlf(watch), {})
+        self._yolox = yolox
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
+        self._yolox.answer(self._corner)
         with self._watch.measure("2D: pictures in, networks, points out"):
-            return list(find_people(frames, self._detector, self._estimator, phantom=phantom))
+            return super().people(frames, phantom=phantom)
 
     def joints(self, frames: Sequence[Frame], quirks: NlfQuirks) -> npt.NDArray[np.float32]:
-        def cells(pictures: Tensor) -> Tensor:
-            found: Tensor = torch.from_numpy(self._again.run(self._on_host.of(pictures).numpy())["output"])
-            return found.to(pictures.device)
-
+        self._yolox.answer(self._middle)
         with self._watch.measure("3D: detector again, NLF, plausibility"):
-            pictures = torch.from_numpy(np.stack(frames))
-            self._nlf.find_joints(pictures, PersonDetector(cells, DetectorConfig(side=640))).cpu()
-        self._at += len(frames)
-        return self._joints[self._at - len(frames) : self._at]
+            super().joints(frames, quirks)
+        self._at = (self._at + len(frames)) % len(self._located)
+        return self._located[self._at - len(frames) :][: len(frames)]
 
 
 def _nlf(watch: Stopwatch) -> NlfEstimator:
@@ -282,45 +291,53 @@ def _nlf(watch: Stopwatch) -> NlfEstimator:
     return NlfEstimator(config, model, torch.rand(NUM_POINTS, 3, device=device))
 
 
+def run(extractor: PoseExtractor, clip: Clip) -> dict[str, float]:
+    """Seconds of each step, of the first message from it on; frames are brought to what the service sends."""
+    last = time.perf_counter()
+    steps = defaultdict[str, float](float)
+    for item in extractor.extract(clip, None, HABITS["recommended"]):
+        if isinstance(item, Progress):
+            now = time.perf_counter()
+            steps[item.step] += now - last
+            last = now
+        elif isinstance(item, Tensor):
+            halved(item).cpu().numpy()
+    return steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pose_chain", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--frames", type=int, default=97)
-    parser.add_argument("--batch", type=int, default=16, help="frames together")
+    parser.add_argument("--batch", type=int, help="frames together, if not as the service has them")
+    parser.add_argument("--source", default=f"{WIDTH}x{HEIGHT}", help="size of the video, which is scaled if another")
     parser.add_argument("--profile", action="store_true", help="list the functions that take most")
     options = parser.parse_args()
-    profile = cProfile.Profile()
-    device = torch.device(options.device)
+    device = torch.zeros(0, device=options.device).device
     torch.backends.cudnn.allow_tf32 = True
-    frames = np.random.default_rng(0).integers(0, 256, (options.frames, HEIGHT, WIDTH, 3), dtype=np.uint8)
+    width, height = map(int, options.source.split("x"))
+    frames = np.random.default_rng(0).integers(0, 256, (options.frames, height, width, 3), dtype=np.uint8)
     watch = Stopwatch(device)
-    models = Models(watch, dancing(2 * options.frames, 1)[:, 0])
-    extractor = PoseExtractor(models, batch_frames=options.batch)
+    extractor = PoseExtractor(Models(watch, dancing(options.frames, 1)[:, 0]), batch_frames=options.batch)
     clip = Clip(lambda: iter(frames), options.frames, HEIGHT, WIDTH)
-    for turn in range(2):  # the first one warms up
-        watch.seconds.clear()
-        if turn and options.profile:
-            profile.enable()
-        begun = last = time.perf_counter()
-        steps = defaultdict[str, float](float)
-        for item in extractor.extract(clip, None, HABITS["recommended"]):
-            if isinstance(item, Progress):
-                now = time.perf_counter()
-                steps[item.step] += now - last
-                last = now
-            elif isinstance(item, np.ndarray):
-                np.stack(beside_each_other(halve, item))
-        total = time.perf_counter() - begun
-    profile.disable()
+    run(extractor, clip)  # warms up
+    steps = run(extractor, clip)
+    watch.on = True
+    run(extractor, clip)
+    watch.on = False
+    total = sum(steps.values())
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{place}: {options.frames} frames of {HEIGHT}x{WIDTH} in {total:.2f} s, {options.frames / total:.1f} frames/s"
+        f"{place}: {options.frames} frames of {options.source} at {WIDTH}x{HEIGHT} in {total:.2f} s, "
+        f"{options.frames / total:.1f} frames/s"
     )
     for title, parts in (("steps", steps), ("within them", watch.seconds)):
         print(title)
         for name, seconds in parts.items():
             print(f"  {name:<38} {1000 * seconds / options.frames:7.2f} ms a frame  {seconds / total:6.1%}")
     if options.profile:
+        with cProfile.Profile() as profile:
+            run(extractor, clip)
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
 
 

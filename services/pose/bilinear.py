@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 Floats = npt.NDArray[np.floating[Any]]
 Frame = npt.NDArray[np.uint8]
@@ -39,10 +42,42 @@ def bilinear(frame: Frame, rows: Floats, columns: Floats, outside: Literal["edge
     return levels
 
 
+def bilinear_on_device(
+    frames: Tensor, which: Tensor, rows: Floats, columns: Floats, outside: Literal["edge", "black"]
+) -> Tensor:
+    """As `bilinear`, to the last bit, of pictures on any device.
+
+    Args:
+        frames: uint8 [N, H, W, C].
+        which: int64 [n], on the host: the picture that each grid is read from.
+        rows, columns: [n, h] and [n, w].
+
+    Returns:
+        uint8 [n, h, w, C], on the device.
+    """
+    _, height, width, channels = frames.shape
+
+    def taps(places: Floats, size: int) -> Iterator[Tensor]:
+        """Indices int64 [n, k] of the pixels before and after, and their weights float32 [n, k]."""
+        before, after, weights = _taps(places, size, outside)
+        return (torch.from_numpy(values).to(frames.device) for values in (before, after, *weights))
+
+    above, below, above_weight, below_weight = taps(rows, height)
+    left, right, left_weight, right_weight = (values[:, None, :, None] for values in taps(columns, width))
+    # one row after the other of all pictures; separate operations, since a fused one rounds once less
+    picture = which.to(frames.device)[:, None] * height
+    flat = frames.reshape(-1, width * channels)
+    mixed = flat[picture + above] * above_weight[..., None] + flat[picture + below] * below_weight[..., None]
+    mixed = torch.unflatten(mixed, -1, (width, channels))  # [n, h, W, C]
+    size = (*mixed.shape[:2], left.shape[2], channels)
+    left_pixels, right_pixels = (mixed.gather(2, index.expand(size)) for index in (left, right))
+    return (left_pixels * left_weight + right_pixels * right_weight).round().to(torch.uint8)
+
+
 def _taps(
     places: Floats, size: int, outside: Literal["edge", "black"]
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float32]]:
-    """Indices of the pixels before and after each place on an axis of `size`, and their weights, float32 [2, n]."""
+    """Indices of the pixels before and after each place on an axis of `size`, and their weights, float32 [2, ...]."""
     floor = np.floor(places)
     after = places - floor
     weights = np.stack([1 - after, after])

@@ -5,9 +5,10 @@ Where a mask video says where people are to be looked for, all else is black, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Literal
 
 import numpy as np
@@ -16,11 +17,14 @@ from PIL import Image, ImageOps
 
 from runtime.gpu import raise_if_cancelled
 from services.pose.fit import cover_whole
+from services.pose.threads import ahead
 
 Frame = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Fit = Literal["lanczos", "bicubic"]
 
+_TOGETHER, _TOGETHER_ON_GPU, _PIXELS_TOGETHER = 16, 32, 32 * 512 * 896
+_FRAMES_AHEAD = 16
 _BRIGHT = 127
 """Levels above this are within a mask."""
 _ROUNDS = 3
@@ -51,22 +55,44 @@ class Clip:
 
     def frames(self) -> Iterator[Frame]:
         """The frames, uint8 [height, width, 3], whole."""
-        for frame in islice(self.read(), self.num_frames):
-            raise_if_cancelled()
-            yield covering(frame, self.height, self.width, self.fit)
+        with closing(ahead(self._sources(repeat(None)), _FRAMES_AHEAD, self._shown)) as shown:
+            yield from shown
 
-    def batches(self, size: int) -> Iterator[list[Frame]]:
-        """The frames as people are looked for in them, so many at a time: black outside the region."""
-        frames = self.frames() if self.read_region is None else self._inside(self.read_region())
-        while batch := list(islice(frames, size)):
-            yield batch
+    def batches(self, size: int, change: Callable[[int, Frame], Frame] | None = None) -> Iterator[list[Frame]]:
+        """The frames as people are looked for in them, so many at a time: black outside the region.
 
-    def _inside(self, regions: Iterator[Frame]) -> Iterator[Frame]:
-        for frame, region in zip(islice(self.read(), self.num_frames), regions, strict=False):
-            raise_if_cancelled()
-            mask = grown(bright(region, *frame.shape[:2]), self.grow_px)
-            fitted = covering(frame, self.height, self.width, self.fit)
-            yield np.where(mask_covering(mask, self.height, self.width)[..., None], fitted, np.uint8(0))
+        While a batch is worked on, the next is decoded and scaled.
+
+        Args:
+            change: makes something else of the frame with this number, in another thread.
+        """
+
+        def shown_of(numbered: tuple[int, tuple[Frame, Frame | None]]) -> Frame:
+            number, source = numbered
+            return self._shown(source) if change is None else change(number, self._shown(source))
+
+        regions = repeat(None) if self.read_region is None else self.read_region()
+        numbered = (one for one in enumerate(self._sources(regions)))
+        with closing(ahead(numbered, size, shown_of)) as shown:
+            while batch := list(islice(shown, size)):
+                yield batch
+
+    def _sources(self, regions: Iterator[Frame | None]) -> Generator[tuple[Frame, Frame | None]]:
+        """The frames as they are in their video, with their regions."""
+        yield from zip(islice(self.read(), self.num_frames), regions, strict=False)
+
+    def _shown(self, source: tuple[Frame, Frame | None]) -> Frame:
+        frame, region = source
+        fitted = covering(frame, self.height, self.width, self.fit)
+        if region is None:
+            return fitted
+        mask = grown(bright(region, *frame.shape[:2]), self.grow_px)
+        return np.where(mask_covering(mask, self.height, self.width)[..., None], fitted, np.uint8(0))
+
+
+def frames_together(height: int, width: int, *, on_gpu: bool) -> int:
+    """How many frames are in memory, and worked on, together: what keeps a GPU busy; fewer where they are large."""
+    return max(1, min(_TOGETHER_ON_GPU if on_gpu else _TOGETHER, _PIXELS_TOGETHER // (height * width)))
 
 
 def covering(frame: Frame, height: int, width: int, fit: Fit = "lanczos") -> Frame:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from services.pose.bilinear import Frame, bilinear
+from services.pose.bilinear import Floats, Frame, bilinear, bilinear_on_device
 from services.pose.onnx import OnnxNetwork, WrongNetwork
 from services.pose.threads import beside_each_other
 
-Boxes = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
+Boxes = Float32s
 """[n, 5]: left, top, right, bottom in pixels, score; best score first. Boxes may reach beyond the frame."""
 
 _PADDING = 114
@@ -58,18 +62,21 @@ class YoloxDetector:
                 f"[n, {cells}, 5 + at least {classes} classes], this network gives {network.gives}"
             )
 
-    def detect(self, frames: Sequence[Frame]) -> list[Boxes]:
+    def detect(self, frames: Sequence[Frame] | Tensor) -> list[Boxes]:
         """People per frame.
 
         Args:
-            frames: uint8 RGB [H, W, 3], of any size; all are held in memory at the network's size.
+            frames: uint8 RGB [H, W, 3], of any size; all are held in memory at the network's size. Or [n, H, W, 3] on the
+                network's device, where then all is done but the last: the same people come out, to the last bit.
         """
+        if isinstance(frames, Tensor):
+            return self._detect_on_device(frames)
         height, width = self.network.height, self.network.width
         if self._pictures.shape != (len(frames), 3, height, width):
             self._pictures = np.empty((len(frames), 3, height, width), np.float32)
         pictures = self._pictures
 
-        def put_in(picture: npt.NDArray[np.float32], frame: Frame) -> float:
+        def put_in(picture: Float32s, frame: Frame) -> float:
             canvas, ratio = letterbox(frame, height, width)
             picture[:] = canvas[..., ::-1].transpose(2, 0, 1)  # BGR, as the network was trained
             return ratio
@@ -78,8 +85,22 @@ class YoloxDetector:
         raw = self.network.run(pictures)[self._output]
         return [self._people(cells, ratio) for cells, ratio in zip(raw, ratios, strict=True)]
 
-    def _people(self, raw: npt.NDArray[np.float32], ratio: float) -> Boxes:
-        found = candidates(raw, self.network.height, self.network.width, ratio, self.config)
+    def _detect_on_device(self, frames: Tensor) -> list[Boxes]:
+        network, config = self.network, self.config
+        canvas, ratio = letterbox_on_device(frames, network.height, network.width)
+        pictures = canvas.flip(-1).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        raw = network.run_on_device(pictures)[self._output]
+        scores = raw[..., 4] * raw[..., 5 + config.person]
+        chosen = (scores > config.candidate_threshold).nonzero(as_tuple=True)
+        picture, cell = (index.cpu().numpy() for index in chosen)
+        numbers = torch.cat([raw[..., :4][chosen], scores[chosen][:, None]], dim=1).cpu().numpy()
+        found = _boxes(numbers[:, :4], numbers[:, 4], cell, network.height, network.width, ratio, config)
+        return [self._winners(found[picture == index]) for index in range(len(frames))]
+
+    def _people(self, raw: Float32s, ratio: float) -> Boxes:
+        return self._winners(candidates(raw, self.network.height, self.network.width, ratio, self.config))
+
+    def _winners(self, found: Boxes) -> Boxes:
         winners = suppress(found, self.config.max_iou)
         return winners[winners[:, 4] > self.config.threshold]
 
@@ -93,17 +114,33 @@ def letterbox(frame: Frame, height: int, width: int) -> tuple[Frame, float]:
     Returns:
         uint8 [height, width, 3], and pixels of the canvas per pixel of the frame.
     """
-    ratio = min(height / frame.shape[0], width / frame.shape[1])
-    size = [max(1, int(side * ratio)) for side in frame.shape[:2]]
-    rows, columns = ((np.arange(new) + 0.5) * (old / new) - 0.5 for new, old in zip(size, frame.shape[:2], strict=True))
+    ratio, rows, columns = _places(frame.shape[0], frame.shape[1], height, width)
     canvas = np.full((height, width, frame.shape[2]), _PADDING, np.uint8)
-    canvas[: size[0], : size[1]] = bilinear(frame, rows, columns, outside="edge")
+    canvas[: len(rows), : len(columns)] = bilinear(frame, rows, columns, outside="edge")
     return canvas, ratio
 
 
-def candidates(
-    raw: npt.NDArray[np.float32], height: int, width: int, ratio: float, config: YoloxConfig = YoloxConfig()
-) -> Boxes:
+def letterbox_on_device(frames: Tensor, height: int, width: int) -> tuple[Tensor, float]:
+    """As `letterbox`, of frames uint8 [n, H, W, 3] on any device: uint8 [n, height, width, 3]."""
+    count = len(frames)
+    ratio, rows, columns = _places(frames.shape[1], frames.shape[2], height, width)
+    scaled = bilinear_on_device(
+        frames, torch.arange(count), np.tile(rows, (count, 1)), np.tile(columns, (count, 1)), outside="edge"
+    )
+    canvas = frames.new_full((count, height, width, frames.shape[3]), _PADDING)
+    canvas[:, : len(rows), : len(columns)] = scaled
+    return canvas, ratio
+
+
+def _places(old_height: int, old_width: int, height: int, width: int) -> tuple[float, Floats, Floats]:
+    """Pixels of the canvas per pixel of the frame, and the places in the frame of the canvas' rows and columns."""
+    ratio = min(height / old_height, width / old_width)
+    sides = [(max(1, int(old * ratio)), old) for old in (old_height, old_width)]
+    rows, columns = ((np.arange(new) + 0.5) * (old / new) - 0.5 for new, old in sides)
+    return ratio, rows, columns
+
+
+def candidates(raw: Float32s, height: int, width: int, ratio: float, config: YoloxConfig = YoloxConfig()) -> Boxes:
     """Boxes that may be people, of one picture.
 
     Args:
@@ -116,15 +153,29 @@ def candidates(
         in the order of the cells.
     """
     scores = raw[:, 4] * raw[:, 5 + config.person]
-    chosen = scores > config.candidate_threshold
+    (chosen,) = (scores > config.candidate_threshold).nonzero()
+    return _boxes(raw[chosen, :4], scores[chosen], chosen, height, width, ratio, config)
+
+
+def _boxes(
+    numbers: Float32s,
+    scores: Float32s,
+    chosen: npt.NDArray[np.int64],
+    height: int,
+    width: int,
+    ratio: float,
+    config: YoloxConfig,
+) -> Boxes:
+    """Boxes in the frame of the numbers [k, 4] and scores [k] of chosen cells."""
     cells, strides = (values[chosen] for values in _grids(height, width, config.strides))
-    middle = (raw[chosen, :2] + cells) * strides
-    half = np.exp(raw[chosen, 2:4]) * strides / 2
+    middle = (numbers[:, :2] + cells) * strides
+    half = np.exp(numbers[:, 2:]) * strides / 2
     corners = np.concatenate([middle - half, middle + half], axis=1) / np.float32(ratio)
-    return np.concatenate([corners, scores[chosen, None]], axis=1)
+    return np.concatenate([corners, scores[:, None]], axis=1)
 
 
-def _grids(height: int, width: int, strides: Sequence[int]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+@cache
+def _grids(height: int, width: int, strides: tuple[int, ...]) -> tuple[Float32s, Float32s]:
     """x and y [cells, 2] of every cell in cells of its own grid, and its stride [cells, 1]."""
     cells, sizes = [], []
     for stride in strides:
@@ -145,10 +196,10 @@ def suppress(boxes: Boxes, max_iou: float) -> Boxes:
     return np.concatenate(winners)
 
 
-def iou(box: npt.NDArray[np.float32], others: Boxes) -> npt.NDArray[np.float32]:
+def iou(box: Float32s, others: Boxes) -> Float32s:
     """Intersection over union of one box [5] with others; corners are pixels that belong to the box, hence the + 1."""
     sides = np.minimum(box[2:4], others[:, 2:4]) - np.maximum(box[:2], others[:, :2]) + 1
     intersection = np.maximum(sides, 0).prod(axis=1)
     areas = (others[:, 2:4] - others[:, :2] + 1).prod(axis=1)
-    overlaps: npt.NDArray[np.float32] = intersection / ((box[2:4] - box[:2] + 1).prod() + areas - intersection)
+    overlaps: Float32s = intersection / ((box[2:4] - box[:2] + 1).prod() + areas - intersection)
     return overlaps

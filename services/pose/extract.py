@@ -8,18 +8,20 @@ several are drawn where they stand, each in a palette of their own.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from bunraku.errors import InvalidRequest
 from runtime.gpu import raise_if_cancelled
 from services.pose.align import align
 from services.pose.bridging import bridge_joints, bridge_person
-from services.pose.clip import Clip, Frame, covering
+from services.pose.clip import Clip, Frame, covering, frames_together
 from services.pose.draw import draw_clip
 from services.pose.habits import Habits
 from services.pose.keypoints import NUM_KEYPOINTS
@@ -31,11 +33,11 @@ from services.pose.progress import Gaps, Progress
 from services.pose.quirks import REFERENCE_STROKES, PoseQuirks, Strokes
 from services.pose.several import NUM_JOINTS, Found, detected_boxes, follow
 from services.pose.skeleton import Camera, known, without_near
+from services.pose.threads import behind
 from services.pose.whole_body import Person, as_people, bridge
 
 Float32s = npt.NDArray[np.float32]
 
-_BATCH_FRAMES = 16
 _ANYWHERE = np.array([0, 0, 1, 1], np.float32)
 _BRIDGED_SECONDS = 1.0
 """Several people: whoever is missing for longer has left the picture."""
@@ -106,11 +108,11 @@ class PoseExtractor:
 
     Args:
         strokes: how thick things are drawn.
-        batch_frames: frames that are in memory, and looked at, together.
+        batch_frames: frames that are in memory, and looked at, together; None: clip.frames_together.
     """
 
     def __init__(
-        self, models: PoseModels, strokes: Strokes = REFERENCE_STROKES, *, batch_frames: int = _BATCH_FRAMES
+        self, models: PoseModels, strokes: Strokes = REFERENCE_STROKES, *, batch_frames: int | None = None
     ) -> None:
         self._models, self._strokes, self._batch_frames = models, strokes, batch_frames
 
@@ -127,8 +129,8 @@ class PoseExtractor:
         *,
         people: int = 1,
         backend: PersonMasks | None = None,
-    ) -> Iterator[Progress | Drawing | Frame]:
-        """Progress as it comes, then the drawing, then the frames uint8 [n, height, width, 3] in order.
+    ) -> Iterator[Progress | Drawing | Tensor]:
+        """Progress as it comes, then the drawing, then the frames in order: uint8 [n, height, width, 3] on the device.
 
         Args:
             reference: uint8 [H, W, 3] of any size, the person whom the poses of one person are fitted to; None: they
@@ -153,16 +155,29 @@ class PoseExtractor:
             yield frames
             yield Progress("render", drawn, clip.num_frames, posed.gaps if drawn == clip.num_frames else ())
 
+    def _together(self, clip: Clip) -> int:
+        on_gpu = self._models.device.type != "cpu"
+        return self._batch_frames or frames_together(clip.height, clip.width, on_gpu=on_gpu)
+
     def _find(self, clip: Clip, habits: Habits, people: int) -> Generator[Progress, None, list[Found]]:
         """Everybody in each frame, and which of them are the people who are followed."""
-        tracker, found = PersonTracker(people), list[Found]()
-        follows = habits.follows or people > 1
-        for frames in clip.batches(self._batch_frames):
-            seen = self._models.people(frames, phantom=habits.pose.draw_undetected)
-            for frame, everybody in zip(frames, seen, strict=True):
-                boxes = detected_boxes(everybody, frame) if follows else ()
-                found.append(Found(everybody, tracker.update(frame, boxes)))
-            yield Progress("detect", len(found), clip.num_frames)
+        tracker, follows = PersonTracker(people), habits.follows or people > 1
+
+        def recognise(seen: tuple[list[Frame], list[list[Person]]]) -> list[Found]:
+            return [
+                Found(everybody, tracker.update(frame, detected_boxes(everybody, frame) if follows else ()))
+                for frame, everybody in zip(*seen, strict=True)
+            ]
+
+        phantom, found = habits.pose.draw_undetected, list[Found]()
+        batches = (
+            (frames, self._models.people(frames, phantom=phantom)) for frames in clip.batches(self._together(clip))
+        )
+        # who is who is found out while the networks look at the next frames
+        with closing(behind(batches, recognise)) as recognised:
+            for some in recognised:
+                found += some
+                yield Progress("detect", len(found), clip.num_frames)
         return found
 
     def _one(self, clip: Clip, found: Sequence[Found], reference: Frame | None, habits: Habits) -> Steps:
@@ -193,7 +208,7 @@ class PoseExtractor:
         self, clip: Clip, found: Sequence[Found], people: int, backend: PersonMasks | None, habits: Habits
     ) -> Steps:
         """Several people, where they stand."""
-        followed = yield from follow(clip, found, backend, self._models, habits, self._batch_frames)
+        followed = yield from follow(clip, found, backend, self._models, habits, self._together(clip))
         persons, joints, gaps = followed.persons, followed.joints, tuple(Gaps() for _ in range(people))
         if not known(joints).any():
             raise InvalidRequest(("video", "shows nobody whose joints can be located"))
@@ -216,13 +231,18 @@ class PoseExtractor:
         self, clip: Clip, persons: Sequence[Person | None], habits: Habits
     ) -> Generator[Progress, None, Float32s]:
         """Joints [num_frames, 24, 3] of the person of each frame; zeros where there is none or none are found."""
+
+        def alone(number: int, frame: Frame) -> Frame:
+            person = persons[number]
+            return frame if person is None else only_inside(frame, person.box.tolist())
+
         joints = np.zeros((clip.num_frames, NUM_JOINTS, 3), np.float32)
         begin = 0
-        for frames in clip.batches(self._batch_frames):
-            shown = [(index, person) for index, person in enumerate(persons[begin : begin + len(frames)]) if person]
+        for frames in clip.batches(self._together(clip), alone):
+            shown = [index for index in range(len(frames)) if persons[begin + index] is not None]
             if shown:
-                alone = [only_inside(frames[index], person.box.tolist()) for index, person in shown]
-                joints[[begin + index for index, _ in shown]] = without_near(self._models.joints(alone, habits.nlf))
+                found = self._models.joints([frames[index] for index in shown], habits.nlf)
+                joints[[begin + index for index in shown]] = without_near(found)
             begin += len(frames)
             if begin < clip.num_frames:
                 yield Progress("joints", begin, clip.num_frames)
@@ -247,8 +267,8 @@ def draw(
     device: torch.device,
     *,
     clip: Sequence[People] | None = None,
-) -> Iterator[Frame]:
-    """The frames uint8 [n, height, width, 3], a few at a time.
+) -> Iterator[Tensor]:
+    """The frames uint8 [n, height, width, 3] on the device, a few at a time.
 
     Args:
         height, width: of the video to be made.
@@ -256,9 +276,11 @@ def draw(
     """
     people = drawing.clip() if clip is None else clip
     camera = Camera.from_matrix(drawing.camera)
-    for frames in draw_clip(drawing.joints, people, camera, height, width, quirks, strokes, device=device):
+    chunk = frames_together(height, width, on_gpu=device.type != "cpu")
+    drawn = draw_clip(drawing.joints, people, camera, height, width, quirks, strokes, device=device, chunk_frames=chunk)
+    for frames in drawn:
         raise_if_cancelled()
-        yield frames.cpu().numpy()
+        yield frames
 
 
 def _check_people(found: Sequence[Found], people: int, habits: Habits) -> None:

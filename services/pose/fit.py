@@ -52,10 +52,15 @@ def cover_whole(frame: Frame, height: int, width: int) -> Frame:
 
 def halve(frame: Frame) -> npt.NDArray[np.float16]:
     """uint8 [H, W, 3], H and W even -> float16 [H / 2, W / 2, 3], levels 0 to 255."""
+    height, width, channels = frame.shape
     rows = frame[0::2].astype(np.uint16)
     rows += frame[1::2]
+    # along whole rows, of which every other pixel is then left out: numpy adds few numbers at a time slowly
+    rows = rows.reshape(height // 2, width * channels)
+    rows[:, :-channels] += rows[:, channels:]
+    sums = np.ascontiguousarray(rows.reshape(height // 2, width // 2, 2, channels)[:, :, 0])
     # float16 is slow to compute with; there are 1021 sums
-    return _QUARTERS[rows[:, 0::2] + rows[:, 1::2]]
+    return np.take(_QUARTERS, sums, mode="clip")
 
 
 def whole_latents(num_frames: int, limit: int = 0) -> int:

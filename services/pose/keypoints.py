@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from services.pose.bilinear import Frame, bilinear
+from services.pose.bilinear import Frame, bilinear, bilinear_on_device
 from services.pose.onnx import OnnxNetwork, WrongNetwork
 from services.pose.threads import beside_each_other
 
@@ -94,37 +96,59 @@ class WholeBodyEstimator:
             )
         self._x, self._y = network.shapes
 
-    def estimate(self, frames: Sequence[Frame], boxes: Sequence[Floats]) -> list[Floats]:
+    def estimate(self, frames: Sequence[Frame] | Tensor, boxes: Sequence[Floats]) -> list[Floats]:
         """Keypoints of the people in each frame, in its pixels.
 
         Args:
-            frames: uint8 RGB [H, W, 3].
+            frames: uint8 RGB [H, W, 3]; or [n, H, W, 3] on the network's device, where then all is done up to the best
+                bins: the same keypoints come out, to the last bit.
             boxes: per frame [n, 4 or more]: left, top, right, bottom in pixels; may be none.
 
         Returns:
             per frame float64 [n, 134, 3]. A point that the network sees nowhere has a score of 0.
         """
-        people = [(frame, box) for frame, rows in zip(frames, boxes, strict=True) for box in rows]
+        people = [(index, box[:4]) for index, rows in enumerate(boxes) for box in rows]
         found: list[Floats] = [np.empty((0, NUM_KEYPOINTS, 3))]
         for start in range(0, len(people), self.network.batch):
-            found.append(self._estimate(people[start : start + self.network.batch]))
+            which, windows = zip(*people[start : start + self.network.batch], strict=True)
+            found.append(self._estimate(frames, which, np.stack(windows)))
         ends = np.cumsum([len(rows) for rows in boxes])
         return np.split(np.concatenate(found), ends[:-1]) if len(boxes) else []
 
-    def _estimate(self, people: Sequence[tuple[Frame, Floats]]) -> Floats:
-        """People who are looked at together -> [n, 134, 3]."""
-        height, width = self.network.height, self.network.width
-        transforms = crop_transforms(*crop_windows(np.stack([box[:4] for _, box in people]), width / height), width)
-        pictures = np.empty((len(people), 3, height, width), np.float32)
+    def _estimate(self, frames: Sequence[Frame] | Tensor, which: Sequence[int], boxes: Floats) -> Floats:
+        """People who are looked at together, in boxes [n, 4] of these frames -> [n, 134, 3]."""
+        width = self.network.width
+        transforms = crop_transforms(*crop_windows(boxes, width / self.network.height), width)
+        if isinstance(frames, Tensor):
+            places, scores = self._locate_on_device(frames, torch.tensor(which), transforms)
+        else:
+            places, scores = self._locate([frames[index] for index in which], transforms)
+        return openpose(to_frame(places, transforms), scores)
 
-        def put_in(picture: Floats, person: tuple[Frame, Floats], transform: Floats) -> None:
-            shown = crop(person[0], transform, height, width)
+    def _locate(self, frames: Sequence[Frame], transforms: Floats) -> tuple[Floats, Floats]:
+        """The network's points in crops of frames, a crop of each: places [n, 133, 2] and scores [n, 133]."""
+        height, width = self.network.height, self.network.width
+        pictures = np.empty((len(frames), 3, height, width), np.float32)
+
+        def put_in(picture: Floats, frame: Frame, transform: Floats) -> None:
+            shown = crop(frame, transform, height, width)
             picture[:] = normalised(shown[..., ::-1]).transpose(2, 0, 1)  # BGR
 
-        beside_each_other(put_in, pictures, people, transforms)
+        beside_each_other(put_in, pictures, frames, transforms)
         outputs = self.network.run(pictures)
-        places, scores = decode_simcc(outputs[self._x], outputs[self._y], self.split_ratio)
-        return openpose(to_frame(places, transforms), scores)
+        return decode_simcc(outputs[self._x], outputs[self._y], self.split_ratio)
+
+    def _locate_on_device(self, frames: Tensor, which: Tensor, transforms: Floats) -> tuple[Floats, Floats]:
+        """As `_locate`, of crops of the frames with these numbers."""
+        rows, columns = _crop_places(transforms, self.network.height, self.network.width)
+        shown = bilinear_on_device(frames, which, rows, columns, outside="black").flip(-1)  # BGR
+        mean, std = (torch.from_numpy(values).to(frames.device) for values in (MEAN, STD))
+        pictures = ((shown - mean) / std).permute(0, 3, 1, 2).contiguous()
+        outputs = self.network.run_on_device(pictures)
+        axes = [_best_bin(outputs[name]) for name in (self._x, self._y)]
+        bins = torch.stack([best for best, _ in axes], dim=-1)
+        scores = torch.minimum(*(score for _, score in axes))
+        return _places(bins.cpu().numpy(), scores.cpu().numpy(), self.split_ratio)
 
 
 def _shape(of_one: tuple[int, int]) -> str:
@@ -166,9 +190,14 @@ def crop_transforms(middles: Floats, sizes: Floats, width: int) -> Floats:
 
 def crop(frame: Frame, transform: Floats, height: int, width: int) -> Frame:
     """What the network sees of a frame: uint8 [height, width, 3], black where the frame ends."""
-    (zoom_x, _, shift_x), (_, zoom_y, shift_y) = transform
-    rows, columns = (np.arange(height) - shift_y) / zoom_y, (np.arange(width) - shift_x) / zoom_x
+    ((rows, columns),) = zip(*_crop_places(transform[None], height, width), strict=True)
     return bilinear(frame, rows, columns, outside="black")
+
+
+def _crop_places(transforms: Floats, height: int, width: int) -> tuple[Floats, Floats]:
+    """Where in the frame the rows [n, height] and columns [n, width] of crops are."""
+    zooms, shifts = transforms[:, [0, 1], [0, 1], None], transforms[:, :, 2, None]
+    return (np.arange(height) - shifts[:, 1]) / zooms[:, 1], (np.arange(width) - shifts[:, 0]) / zooms[:, 0]
 
 
 def normalised(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -188,7 +217,18 @@ def decode_simcc(simcc_x: Floats, simcc_y: Floats, split_ratio: float) -> tuple[
         scores [n, points], the lower of the two.
     """
     bins = np.stack([simcc_x.argmax(axis=-1), simcc_y.argmax(axis=-1)], axis=-1)
-    scores = np.minimum(simcc_x.max(axis=-1), simcc_y.max(axis=-1))
+    return _places(bins, np.minimum(simcc_x.max(axis=-1), simcc_y.max(axis=-1)), split_ratio)
+
+
+def _best_bin(simcc: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the best bins of each point [n, points, bins], and its score; argmax is free to take any of them."""
+    scores, count = simcc.amax(dim=-1), simcc.shape[-1]
+    bins = torch.arange(count, device=simcc.device)
+    return torch.where(simcc == scores[..., None], bins, count).amin(dim=-1), scores
+
+
+def _places(bins: npt.NDArray[np.int64], scores: Floats, split_ratio: float) -> tuple[Floats, Floats]:
+    """Places of the best bins [n, points, 2], and their scores."""
     bins[scores <= 0] = -1
     return bins / split_ratio, scores
 

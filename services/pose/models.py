@@ -5,27 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from runtime.bundles import Bundle, BundleComponent, configuration, require_files
 from runtime.stage import LoadedComponent
 from runtime.torch_stage import loaded_component
-from services.pose.clip import Frame
 from services.pose.detect import YoloxConfig, YoloxDetector
 from services.pose.keypoints import WholeBodyEstimator
-from services.pose.nlf.config import NlfQuirks
-from services.pose.nlf.detector import DetectorConfig, HostCopy, PersonDetector
-from services.pose.nlf.model import NlfEstimator
+from services.pose.networks import NetworkModels
 from services.pose.nlf.weights import load_nlf
 from services.pose.onnx import OnnxNetwork, OnnxSettings, count_parameters
 from services.pose.persons.masks import PersonMasks
-from services.pose.whole_body import Person, find_people
-
-Float32s = npt.NDArray[np.float32]
 
 MASK_COMPONENTS: Mapping[str, tuple[str, ...]] = {
     "sam2": ("person_masks",),
@@ -33,45 +25,6 @@ MASK_COMPONENTS: Mapping[str, tuple[str, ...]] = {
 }
 """Components of a bundle that each mask back-end needs."""
 _log = logging.getLogger(__name__)
-
-
-class NetworkModels:
-    """People by YOLOX and RTMPose, joints by NLF, which looks for people in its own pictures with the same YOLOX."""
-
-    def __init__(
-        self,
-        detector: YoloxDetector,
-        estimator: WholeBodyEstimator,
-        nlf: NlfEstimator,
-        masks: Mapping[str, PersonMasks],
-    ) -> None:
-        self.masks = masks
-        self._detector, self._estimator, self._nlf = detector, estimator, nlf
-        network = detector.network
-        [output] = network.shapes
-
-        on_host = HostCopy()
-
-        def cells(pictures: Tensor) -> Tensor:
-            found = network.run(on_host.of(pictures).numpy())[output]
-            return torch.from_numpy(found).to(pictures.device)
-
-        self._nlf_detector = PersonDetector(cells, DetectorConfig(side=network.height))
-
-    @property
-    def device(self) -> torch.device:
-        return self._nlf.model.device
-
-    def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
-        """As extract.PoseModels."""
-        return list(find_people(frames, self._detector, self._estimator, phantom=phantom))
-
-    def joints(self, frames: Sequence[Frame], quirks: NlfQuirks) -> Float32s:
-        """As extract.PoseModels."""
-        nlf = self._nlf
-        estimator = NlfEstimator(nlf.config, nlf.model, nlf.canonical_points, quirks=quirks, batch_size=nlf.batch_size)
-        joints = estimator.find_joints(torch.from_numpy(np.stack(frames)), self._nlf_detector)
-        return joints.cpu().numpy().astype(np.float32, copy=False)
 
 
 def load_models(bundle: Bundle, device: torch.device) -> tuple[NetworkModels, list[LoadedComponent]]:

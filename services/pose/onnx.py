@@ -1,7 +1,8 @@
-"""ONNX files -> networks that take pictures, any number at a time. Needs no torch.
+"""ONNX files -> networks that take pictures, any number at a time.
 
 A network here has one input, float32 [n, 3, height, width]; names and sizes are read from the file. Its outputs come by
-name, each [n, ...].
+name, each [n, ...]. Pictures are given, and outputs come, as arrays of the host or, where the network runs, as tensors:
+of a detector's output of megabytes a picture only what may be people is wanted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
+from torch import Tensor
 
 from bunraku.errors import OutOfMemory
 from runtime.bundles import BundleError
@@ -25,6 +29,7 @@ from runtime.gpu import raise_if_cancelled
 
 Pictures = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[np.float32]]
+TensorOutputs = dict[str, Tensor]
 
 # protobuf's wire format, and the fields of ONNX that lead to the weights
 _VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}
@@ -91,7 +96,13 @@ class Session(Protocol):
 
     def get_providers(self) -> list[str]: ...
 
+    def get_provider_options(self) -> Mapping[str, Mapping[str, str]]: ...
+
     def run(self, output_names: Sequence[str], input_feed: Mapping[str, Pictures]) -> list[Any]: ...
+
+    def io_binding(self) -> Any: ...
+
+    def run_with_iobinding(self, binding: Any) -> None: ...
 
 
 class OnnxNetwork:
@@ -104,6 +115,7 @@ class OnnxNetwork:
             any number and fails with two.
         shapes: of each output, without the first axis.
         provider: onnxruntime's execution provider that does most of it.
+        device: where that is.
     """
 
     def __init__(self, session: Session, source: str, max_batch: int = 8) -> None:
@@ -113,6 +125,7 @@ class OnnxNetwork:
             WrongNetwork: it does not take pictures.
         """
         self._session, self.source, self.provider = session, source, session.get_providers()[0]
+        self.device = _device_of(session)
         self._input, (fixed, self.height, self.width) = _picture_input(session, source)
         self._names = [output.name for output in session.get_outputs()]
         self._batch_is_fixed = fixed is not None
@@ -149,6 +162,39 @@ class OnnxNetwork:
                 done[name].append(values)
         return {name: np.concatenate(parts) if parts else self._none(name) for name, parts in done.items()}
 
+    def run_on_device(self, pictures: Tensor) -> TensorOutputs:
+        """As `run`, with tensors of the network's device, from which and to which nothing is copied.
+
+        Args:
+            pictures: float32 [n, 3, height, width], contiguous.
+
+        Raises:
+            OutOfMemory: the device has too little memory.
+        """
+        filled, count = pictures, len(pictures)
+        if self._batch_is_fixed and (missing := -count % self.batch):
+            filled = torch.cat([pictures, pictures.new_zeros((missing, *pictures.shape[1:]))])
+        outputs = {name: pictures.new_empty((len(filled), *shape)) for name, shape in self.shapes.items()}
+        for start in range(0, count, self.batch):
+            raise_if_cancelled()
+            part = slice(start, start + self.batch)
+            self._run_bound(filled[part], {name: values[part] for name, values in outputs.items()})
+        return {name: values[:count] for name, values in outputs.items()}
+
+    def _run_bound(self, pictures: Tensor, outputs: TensorOutputs) -> None:
+        """Runs the network on pictures where they are, into outputs that are there for it."""
+        binding = self._session.io_binding()
+        places = [(binding.bind_input, self._input, pictures)]
+        places += [(binding.bind_output, name, values) for name, values in outputs.items()]
+        for bind, name, values in places:
+            shape, index = list(values.shape), values.device.index or 0
+            bind(name, values.device.type, index, np.float32, shape, values.data_ptr())
+        if pictures.is_cuda:
+            # onnxruntime has a stream of its own: it begins when the pictures are there, and returns when it is done
+            torch.cuda.current_stream(pictures.device).synchronize()
+        with self._faults():
+            self._session.run_with_iobinding(binding)
+
     def _run_some(self, pictures: Pictures) -> Outputs:
         """Outputs for at most `batch` pictures, filled up with black ones where the file fixes the number."""
         missing = self.batch - len(pictures) if self._batch_is_fixed else 0
@@ -156,8 +202,15 @@ class OnnxNetwork:
         return {name: values[: len(pictures)] for name, values in self._run_together(filled).items()}
 
     def _run_together(self, pictures: Pictures) -> Outputs:
-        try:
+        with self._faults():
             values = self._session.run(self._names, {self._input: np.ascontiguousarray(pictures)})
+        return dict(zip(self._names, values, strict=True))
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Gives onnxruntime's errors that mean something to the stage their types."""
+        try:
+            yield
         except _FAILED as error:
             if any(sign in str(error) for sign in _OUT_OF_MEMORY):
                 raise OutOfMemory(f"{self.source} does not fit the memory of the device: {error}") from error
@@ -165,7 +218,6 @@ class OnnxNetwork:
                 # in the words by which runtime.gpu knows that the device is broken
                 raise RuntimeError(f"CUDA error in {self.source}: {error}") from error
             raise
-        return dict(zip(self._names, values, strict=True))
 
     def _takes_two(self) -> bool:
         """Whether two pictures give two results. Exported graphs may name the first axis as free and still fix it inside."""
@@ -180,6 +232,14 @@ class OnnxNetwork:
 
     def _none(self, name: str) -> npt.NDArray[np.float32]:
         return np.zeros((0, *self.shapes[name]), np.float32)
+
+
+def _device_of(session: Session) -> torch.device:
+    """Where the provider that comes first computes."""
+    provider = session.get_providers()[0]
+    if provider not in (_CUDA, _TENSORRT):
+        return torch.device("cpu")
+    return torch.device("cuda", int(session.get_provider_options()[provider]["device_id"]))
 
 
 def _picture_input(session: Session, source: str) -> tuple[str, tuple[int | None, int, int]]:

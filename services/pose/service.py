@@ -30,8 +30,11 @@ from services.pose.skeleton import MIN_DEPTH_MM, without_near
 from services.pose.threads import beside_each_other
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from services.pose.clip import Clip, Fit
     from services.pose.extract import Drawing, PoseExtractor
+    from services.pose.networks import NetworkModels
     from services.pose.persons.masks import PersonMasks
     from services.pose.progress import Progress
 
@@ -58,6 +61,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
     def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
         self._runtime, self._bundle = runtime, bundle
         self._extractor: PoseExtractor | None = None
+        self._models: NetworkModels
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pose_pb2_grpc.add_PoseServiceServicer_to_server(self, server)
@@ -68,12 +72,19 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
             return
         import torch
 
+        from runtime.torch_stage import warming_up
         from services.pose.extract import PoseExtractor
         from services.pose.models import load_models
 
-        models, loaded = load_models(self._bundle, torch.device(self._runtime.device))
-        self._extractor = PoseExtractor(models, strokes_of(self._bundle))
+        self._models, loaded = load_models(self._bundle, torch.device(self._runtime.device))
+        self._extractor = PoseExtractor(self._models, strokes_of(self._bundle))
         self._runtime.components += loaded
+        with warming_up(self._runtime):
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Looks for people in frames of the bundle's size."""
+        self._models.warm_up(self._bundle.video.height, self._bundle.video.width)
 
     async def FitPoseVideo(
         self, requests: AsyncIterator[pb.FitPoseVideoRequest], context: Context
@@ -153,7 +164,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         quirks = HABITS[self._preset(parameters)].pose
         device = torch.device(self._runtime.device)
         for frames in draw(drawing, height, width, quirks, strokes_of(self._bundle), device):
-            yield _frame_tensors(frames, frames if parameters.full_size else None)
+            yield _drawn_tensors(frames, frames.cpu().numpy() if parameters.full_size else None)
 
     def _preset(self, parameters: pb.ExtractPoseParameters | pb.RenderPoseParameters) -> str:
         return parameters.preset or self._bundle.pose.preset
@@ -207,8 +218,8 @@ class _Extraction:
                 if parameters.give_joints:
                     yield _tensors_of(item)
             else:
-                full = item if source is None else _over(item, source)
-                yield _frame_tensors(item, full if parameters.full_size else None)
+                full = item.cpu().numpy() if parameters.full_size else None
+                yield _drawn_tensors(item, full if full is None or source is None else _over(full, source))
 
     def _clip(self, fit: Fit) -> Clip:
         from services.pose.clip import Clip
@@ -247,7 +258,18 @@ def _over(frames: Frame, source: Iterator[Frame]) -> Frame:
 
 def _frame_tensors(frames: Frame, full: Frame | None) -> list[WireTensor]:
     """Frames [n, H, W, 3] at half size, and others at full size if there are any."""
-    tensors = [WireTensor.from_numpy("pose_frames", np.stack(beside_each_other(halve, frames)))]
+    return _named(np.stack(beside_each_other(halve, frames)), full)
+
+
+def _drawn_tensors(frames: Tensor, full: Frame | None) -> list[WireTensor]:
+    """The same of frames that are where they were drawn, of which half the size is brought here."""
+    from services.pose.draw import halved
+
+    return _named(halved(frames).cpu().numpy(), full)
+
+
+def _named(halves: npt.NDArray[np.float16], full: Frame | None) -> list[WireTensor]:
+    tensors = [WireTensor.from_numpy("pose_frames", halves)]
     return tensors if full is None else [*tensors, WireTensor.from_numpy("pose_frames_full", full)]
 
 

@@ -14,6 +14,7 @@ from services.pose.bilinear import Frame
 from services.pose.detect import Boxes, YoloxDetector
 from services.pose.keypoints import NUM_KEYPOINTS, WholeBodyEstimator, split
 from services.pose.people import People, pair_hands
+from services.pose.upload import Upload
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -44,6 +45,7 @@ def find_people(
     *,
     batch_frames: int = 8,
     phantom: bool = False,
+    upload: Upload | None = None,
 ) -> Iterator[list[Person]]:
     """People per frame, best box first; at most `batch_frames` frames are held.
 
@@ -53,13 +55,16 @@ def find_people(
         phantom: where nobody is detected, take the whole frame for a person of score 0, as both references do. The
             default is not to: the network then puts 134 points on scenery, some of them with scores as if it had seen
             them, and hands and a face without a body are drawn.
+        upload: brings frames, of one size then, to the device that both networks are on: the networks' pictures are made
+            there. None: they are made by the processor, and any device is given them.
     """
     waiting = iter(frames)
     while together := list(islice(waiting, batch_frames)):
-        boxes = detector.detect(together)
+        pictures = together if upload is None else upload.of(together)
+        boxes = detector.detect(pictures)
         if phantom:
             boxes = [rows if len(rows) else _whole(frame) for frame, rows in zip(together, boxes, strict=True)]
-        keypoints = estimator.estimate(together, boxes)
+        keypoints = estimator.estimate(pictures, boxes)
         for frame, rows, points in zip(together, boxes, keypoints, strict=True):
             yield _people(frame, rows, points)
 

@@ -32,7 +32,7 @@ from runtime.client import Budget
 from services.denoiser import model
 from services.denoiser.service import DenoiserService
 from services.encoder.service import EncoderService
-from services.pose.fit import halve
+from services.pose.draw import halved
 from services.pose.service import PoseService
 from services.vae.service import VaeService
 from tests.services.serving import serving
@@ -186,7 +186,7 @@ async def test_joints_of_a_driving_clip_are_found(chain: Chain, suite: Suite, tm
 
 
 async def test_a_mirrored_pose_misses(chain: Chain, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.pose.service.halve", lambda frame: np.ascontiguousarray(halve(frame)[:, ::-1]))
+    monkeypatch.setattr("services.pose.draw.halved", lambda frames: halved(frames).flip(2))
     case = suite.motley[0]
     assert pck(await chain.animate(case), case) < FLOOR
 

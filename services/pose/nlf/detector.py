@@ -1,5 +1,8 @@
 """Pictures in linear light -> boxes of people, by a YOLOX network that is given as a function.
 
+Boxes are chosen on the host, since how many there are decides what comes next; of a network's output on a device only
+those of people are brought there.
+
 Source: YOLOX, Ge et al. 2021 (arXiv:2107.08430), fed and read as deepbeepmeep/Wan2GP 8681e9f does inside NLF.
 """
 
@@ -57,7 +60,7 @@ class Letterbox:
 
 
 class PersonDetector:
-    """People in each picture; everything after the network is done where its output is."""
+    """People in each picture."""
 
     def __init__(self, network: Network, config: DetectorConfig | None = None) -> None:
         self.network, self.config = network, config or DetectorConfig()
@@ -69,34 +72,19 @@ class PersonDetector:
             pictures: [n, 3, H, W], RGB in linear light, 0 to 1.
 
         Returns:
-            per picture float32 [k, 5]: left, top, width, height in its pixels, score; best first.
+            per picture float32 [k, 5], on the host: left, top, width, height in its pixels, score; best first.
         """
         config = self.config
         boxed = letterboxed(pictures, config.side)
         placed = Letterbox.centred(pictures.shape[2], pictures.shape[3], config.side)
+        corners, scores = decode(self.network(boxed.float() * 255), config.side)
+        people = (scores > config.threshold).nonzero(as_tuple=True)
+        rows, picture = torch.cat([corners[people], scores[people][:, None]], dim=1).cpu(), people[0].cpu()
         found = []
-        for raw in self.network(boxed.float() * 255):
-            corners, scores = decode(raw, config.side)
-            is_person = scores > config.threshold
-            corners, scores = corners[is_person], scores[is_person]
-            kept = suppress(corners, scores, config.max_iou, config.max_detections)
-            found.append(torch.cat([placed.to_picture(corners[kept]), scores[kept, None]], dim=1))
+        for mine in torch.split(rows, picture.bincount(minlength=len(pictures)).tolist()):
+            best = mine[suppress(mine[:, :4], mine[:, 4], config.max_iou, config.max_detections)]
+            found.append(torch.cat([placed.to_picture(best[:, :4]), best[:, 4:]], dim=1))
         return found
-
-
-class HostCopy:
-    """Pictures of a GPU in pinned memory, from which and to which copies are many times as fast; overwritten by the next."""
-
-    def __init__(self) -> None:
-        self._pinned: Tensor | None = None
-
-    def of(self, pictures: Tensor) -> Tensor:
-        """The pictures in the memory of the host."""
-        if pictures.device.type == "cpu":
-            return pictures
-        if self._pinned is None or self._pinned.shape != pictures.shape:
-            self._pinned = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
-        return self._pinned.copy_(pictures)
 
 
 def letterboxed(pictures: Tensor, side: int) -> Tensor:
@@ -111,7 +99,7 @@ def letterboxed(pictures: Tensor, side: int) -> Tensor:
 
 
 def decode(raw: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """One picture's output [cells, 5 + classes] -> corners [cells, 4] in the letterbox and scores of people [cells]."""
+    """Output [..., cells, 5 + classes] -> corners [..., cells, 4] in the letterbox and scores of people [..., cells]."""
     cells, strides = [], []
     for stride in _STRIDES:
         count = side // stride
@@ -119,9 +107,9 @@ def decode(raw: Tensor, side: int) -> tuple[Tensor, Tensor]:
         cells.append(torch.cartesian_prod(steps, steps).flip(-1))  # x, y; x fastest
         strides.append(steps.new_full((count * count, 1), stride))
     stride_of_cell = torch.cat(strides)
-    middle = (raw[:, :2] + torch.cat(cells)) * stride_of_cell
-    half = raw[:, 2:4].exp() * stride_of_cell / 2
-    return torch.cat([middle - half, middle + half], dim=1), raw[:, 4] * raw[:, 5 + _PERSON]
+    middle = (raw[..., :2] + torch.cat(cells)) * stride_of_cell
+    half = raw[..., 2:4].exp() * stride_of_cell / 2
+    return torch.cat([middle - half, middle + half], dim=-1), raw[..., 4] * raw[..., 5 + _PERSON]
 
 
 def suppress(corners: Tensor, scores: Tensor, max_iou: float, limit: int) -> Tensor:
@@ -129,9 +117,10 @@ def suppress(corners: Tensor, scores: Tensor, max_iou: float, limit: int) -> Ten
     remaining = scores.argsort(descending=True, stable=True)
     kept: list[Tensor] = []
     while len(remaining) and len(kept) < limit:
-        kept.append(remaining[:1])
-        overlaps = iou(corners[remaining[0]], corners[remaining[1:]])
-        remaining = remaining[1:][overlaps <= max_iou]
+        best, remaining = remaining[:1], remaining[1:]
+        kept.append(best)
+        if len(remaining):
+            remaining = remaining[iou(corners[best[0]], corners[remaining]) <= max_iou]
     return torch.cat(kept) if kept else remaining
 
 

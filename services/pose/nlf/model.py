@@ -24,7 +24,7 @@ from services.pose.nlf.crops import (
 )
 from services.pose.nlf.detector import PersonDetector
 from services.pose.nlf.head import PointHead, PointWeights
-from services.pose.nlf.poses import Poses, best_first, per_frame
+from services.pose.nlf.poses import Poses, ranked
 
 NUM_JOINTS = 24
 _BATCH_SIZE = 64  # the released programs' own, of frames and of crops
@@ -111,17 +111,22 @@ class NlfEstimator:
         """Joints of the best person that the detector and the plausibility check leave in each frame.
 
         Returns:
-            float32 [num_frames, 24, 3], as from `estimate`; zeros where nobody was found.
+            float32 [num_frames, 24, 3] on the host, as from `estimate`; zeros where nobody was found.
         """
-        joints = torch.zeros(len(frames), NUM_JOINTS, 3, device=self.model.device)
+        joints = torch.zeros(len(frames), NUM_JOINTS, 3)
         for start in range(0, len(frames), self.batch_size):
             portion = frames[start : start + self.batch_size].to(self.model.device)
             boxes = detector.detect(linear_light(portion, self._crop_dtype))
             cameras = None if intrinsics is None else intrinsics.expand(len(frames), 3, 3)[start:][: len(portion)]
-            people = per_frame(self.poses(portion, boxes, cameras), [len(rows) for rows in boxes])
-            for frame, (poses, rows) in enumerate(zip(people, boxes, strict=True), start):
-                if len(kept := best_first(poses, rows.to(joints.device))):
-                    joints[frame] = poses.millimetres[kept[0], -NUM_JOINTS:]
+            poses = self.poses(portion, boxes, cameras)
+            # nobody is a duplicate of the best; all frames at once, so that the device is waited for once
+            ranks = ranked(poses, torch.cat(boxes).to(self.model.device)).cpu()
+            located = poses.millimetres[:, -NUM_JOINTS:].cpu()
+            counts = [len(rows) for rows in boxes]
+            people = zip(torch.split(ranks, counts), torch.split(located, counts), strict=True)
+            for frame, (mine, places) in enumerate(people, start):
+                if (mine > -torch.inf).any():
+                    joints[frame] = places[mine.argsort(descending=True, stable=True)[0]]
         return joints
 
     @torch.inference_mode()

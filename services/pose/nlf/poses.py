@@ -61,15 +61,21 @@ def best_first(poses: Poses, boxes: Tensor) -> Tensor:
     Returns:
         int64 [kept]: rows of the poses, by descending score / mean uncertainty.
     """
-    candidates = torch.nonzero(is_certain(poses.uncertainties) & fits_box(poses.pixels, boxes))[:, 0]
-    scores = (boxes[:, 4] / poses.uncertainties.mean(dim=1))[candidates]
-    candidates = candidates[scores.argsort(descending=True, stable=True)]
+    ranks = ranked(poses, boxes)
+    order = ranks.argsort(descending=True, stable=True)
+    candidates = order[ranks[order] > -torch.inf]
     duplicates = (similarity(poses.millimetres[candidates]) > _SAME_PERSON).tolist()
     kept: list[int] = []
     for index in range(len(candidates)):
         if not any(duplicates[index][better] for better in kept):
             kept.append(index)
     return candidates[kept]
+
+
+def ranked(poses: Poses, boxes: Tensor) -> Tensor:
+    """Score / mean uncertainty of each pose [n], of which the highest is the best; -inf where it is not plausible."""
+    plausible = is_certain(poses.uncertainties) & fits_box(poses.pixels, boxes)
+    return torch.where(plausible, boxes[:, 4] / poses.uncertainties.mean(dim=1), -torch.inf)
 
 
 def is_certain(uncertainties: Tensor) -> Tensor:

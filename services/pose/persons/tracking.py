@@ -219,8 +219,29 @@ def _look(frame: Frame, boxes: Floats) -> _Detections:
 
 
 def _histograms(frame: Frame, box: Floats) -> Floats:
-    """Colours in the regions of a box: [2, bins], each with the sum 1, or 0 where the region is outside the frame."""
-    return np.stack([_histogram(_cut(frame, box, region)) for region in _REGIONS])
+    """Colours in the regions of a box: [2, bins], each with the sum 1, or 0 where the region is outside the frame.
+
+    Colour is relative to brightness, and brightness coarse, so that another light changes little. What falls into a bin
+    counts for its neighbours too.
+    """
+    parts = [_cut(frame, box, region).reshape(-1, 3) for region in _REGIONS]
+    region = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    red, green, blue = np.ascontiguousarray(np.concatenate(parts).T, np.float64)
+    brightness = red + green + blue
+    colours = np.stack([red - green, (red + green) / 2 - blue]) / (brightness + _DARK)
+    scaled = np.stack([*((colours + _COLOUR_RANGE) / (2 * _COLOUR_RANGE)), brightness / (3 * 255)])
+    bins = np.array(_BINS)[:, None]
+    places = np.clip((scaled * bins).astype(np.int64), 0, bins - 1)
+    shape = (len(parts), *_BINS)
+    found = np.bincount(np.ravel_multi_index((region, *places), shape), minlength=math.prod(shape))
+    counts: Floats = found.reshape(shape) / 1.0
+    for axis in range(1, len(shape)):
+        # the outermost bins are their own neighbours
+        ends = counts.take([0], axis), counts.take([-1], axis)
+        around = np.concatenate([ends[0], counts, ends[1]], axis).swapaxes(0, axis)
+        counts = ((around[:-2] + 2 * around[1:-1] + around[2:]) / 4).swapaxes(0, axis)
+    counts = counts.reshape(len(parts), -1)
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def _cut(frame: Frame, box: Floats, region: Sequence[float]) -> Frame:
@@ -231,27 +252,6 @@ def _cut(frame: Frame, box: Floats, region: Sequence[float]) -> Frame:
     pixels = frame[top:bottom, left:right]
     steps = [max(1, -(-side // _MAX_SAMPLES)) for side in pixels.shape[:2]]
     return pixels[:: steps[0], :: steps[1]]
-
-
-def _histogram(pixels: Frame) -> Floats:
-    """[bins]; colour relative to brightness, and brightness coarsely, so that another light changes little.
-
-    What falls into a bin counts for its neighbours too.
-    """
-    red, green, blue = pixels.reshape(-1, 3).astype(np.float64).T
-    brightness = red + green + blue
-    colours = np.stack([red - green, (red + green) / 2 - blue]) / (brightness + _DARK)
-    scaled = np.stack([*((colours + _COLOUR_RANGE) / (2 * _COLOUR_RANGE)), brightness / (3 * 255)])
-    bins = np.array(_BINS)[:, None]
-    places = np.clip((scaled * bins).astype(np.int64), 0, bins - 1)
-    counts: Floats = (
-        np.bincount(np.ravel_multi_index(tuple(places), _BINS), minlength=math.prod(_BINS)).reshape(_BINS) / 1.0
-    )
-    for axis in range(3):
-        ends = [(1, 1) if other == axis else (0, 0) for other in range(3)]
-        around = np.moveaxis(np.pad(counts, ends, mode="edge"), axis, 0)
-        counts = np.moveaxis((around[:-2] + 2 * around[1:-1] + around[2:]) / 4, 0, axis)
-    return counts.flatten() / max(counts.sum(), 1)
 
 
 def _difference(a: Floats, b: Floats) -> float:

@@ -84,6 +84,9 @@ class DrawnModels:
         self.shown += frames
         return np.stack([self._joints(frame) for frame in frames])
 
+    def warm_up(self, height: int, width: int) -> None:
+        """Has nothing to prepare."""
+
     def _people(self, frame: Frame) -> list[Person]:
         found = []
         height, width = frame.shape[:2]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from services.pose.clip import Clip, bright, covering, grown, mask_covering
+from services.pose.clip import Clip, bright, covering, frames_together, grown, mask_covering
 from services.pose.fit import halve
 from tests.services.pose.videos import noise
 
@@ -106,6 +108,36 @@ def test_people_are_looked_for_inside_the_region_only_and_frames_stay_whole() ->
     np.testing.assert_array_equal(list(clip.frames()), frames[:5])
     larger = Clip(read(frames), 5, 16, 24, read_region=read([region] * 9), grow_px=1)
     np.testing.assert_array_equal(next(larger.batches(1))[0], seen[0])
+
+
+def test_the_next_batch_is_read_and_scaled_while_one_is_looked_at() -> None:
+    frames, reads = noise(9, 20, 30), list[int]()
+    enough = threading.Event()
+
+    def read() -> Iterator[Frame]:
+        for index, frame in enumerate(frames):
+            reads.append(index)
+            if index == 5:
+                enough.set()
+            yield frame
+
+    batches = Clip(read, 9, 16, 24).batches(3)
+    first = next(batches)
+    assert enough.wait(timeout=10)
+    assert len(reads) <= 3 + 3 + 1
+    np.testing.assert_array_equal(first + list(chain(*batches)), [covering(frame, 16, 24) for frame in frames])
+
+
+def test_frames_may_be_changed_by_their_numbers() -> None:
+    frames = noise(5, 16, 24)
+    changed = Clip(lambda: iter(frames), 5, 16, 24).batches(2, lambda number, frame: frame // np.uint8(number + 1))
+    np.testing.assert_array_equal(list(chain(*changed)), [frame // (number + 1) for number, frame in enumerate(frames)])
+
+
+def test_fewer_large_frames_are_in_memory_together() -> None:
+    sizes = [(512, 896), (720, 1280), (1088, 1920), (4096, 4096), (64, 64)]
+    assert [frames_together(*size, on_gpu=True) for size in sizes] == [32, 15, 7, 1, 32]
+    assert [frames_together(*size, on_gpu=False) for size in sizes] == [16, 15, 7, 1, 16]
 
 
 def test_halves_are_means_to_the_last_bit() -> None:

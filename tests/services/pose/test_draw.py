@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.pose.draw import draw_clip, draw_clips
+from services.pose.draw import draw_clip, draw_clips, halved
+from services.pose.fit import halve
 from services.pose.overlay import overlay
 from services.pose.people import People
 from services.pose.quirks import PRESETS, REFERENCE_STROKES, PoseQuirks, Strokes
@@ -128,3 +129,11 @@ def test_presets_are_named_and_the_default_is_the_recommended_one() -> None:
     assert set(PRESETS) == {"recommended", "wan2gp", "official"}
     assert PRESETS["recommended"] == PoseQuirks()
     assert [PRESETS[name].scale_hands for name in ("recommended", "wan2gp", "official")] == [True, False, True]
+
+
+def test_halves_are_those_of_frames_of_the_host_to_the_last_bit() -> None:
+    frames = torch.randint(0, 256, (3, 32, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    frames[0, :2, :2] = 255
+    halves = halved(frames)
+    assert halves.dtype == torch.float16
+    np.testing.assert_array_equal(halves, [halve(frame.numpy()) for frame in frames])

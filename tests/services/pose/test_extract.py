@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from bunraku.errors import InvalidRequest
 from services.pose.bridging import bridge_joints
@@ -70,7 +71,7 @@ def drawing(items: Sequence[Any]) -> Drawing:
 
 
 def pictures(items: Sequence[Any]) -> npt.NDArray[np.uint8]:
-    return np.concatenate([item for item in items if isinstance(item, np.ndarray)])
+    return np.concatenate([item.numpy() for item in items if isinstance(item, Tensor)])
 
 
 def test_a_clip_gives_as_many_pose_frames() -> None:
@@ -100,7 +101,8 @@ def test_frames_are_read_twice_and_held_a_few_at_a_time() -> None:
     extractor = PoseExtractor(models, batch_frames=4)
     for item in extractor.extract(clip_of(walking(9), reads), REFERENCE, HABITS["recommended"]):
         if isinstance(item, Progress) and item.step == "detect":
-            assert len(reads) == item.completed_frames
+            # while it is found out who is who in this batch, people are found in the next and that after it is read
+            assert item.completed_frames <= len(reads) <= item.completed_frames + 4 + 4 + 1
     assert reads == [*range(9), *range(9)]
     assert models.batches == [4, 4, 1, 4, 4, 1, 1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from runtime.bundles import Bundle, BundleComponent, load_bundle
-from services.pose.models import NetworkModels, load_models
+from services.pose.models import load_models
+from services.pose.networks import NetworkModels
+from services.pose.nlf.config import NlfQuirks
+from services.pose.onnx import OnnxNetwork
 from services.pose.persons.masks import PersonPrompt
 from services.pose.persons.matanyone.config import MatAnyoneConfig
 from services.pose.persons.matanyone.network import MatAnyone
@@ -90,6 +94,37 @@ def test_sam2_is_loaded_under_its_released_names_and_follows_people(tiny: Bundle
     assert loaded[-1].name == "person_masks"
     assert loaded[-1].parameters > 0
     check_masks(models, "sam2")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_pictures_stay_where_they_are_unless_a_network_is_elsewhere(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """A network that claims to be on a GPU is given arrays of the host, one on the same device tensors."""
+    ways: list[str] = []
+
+    def watched(name: str) -> Any:
+        way = getattr(OnnxNetwork, name)
+
+        def run(network: OnnxNetwork, pictures: Any) -> Any:
+            ways.append(name)
+            return way(network, pictures)
+
+        return run
+
+    for name in ("run", "run_on_device"):
+        monkeypatch.setattr(OnnxNetwork, name, watched(name))
+    if elsewhere:
+        monkeypatch.setattr("services.pose.onnx._device_of", lambda session: torch.device("cuda", 0))
+    models, _ = load_models(tiny, CPU)
+    frames = [picture(n, {ANN: ANN_BOX}) for n in range(3)]
+    joints = models.joints(frames, NlfQuirks())
+    assert joints.shape == (3, 24, 3)
+    assert set(ways) == {"run" if elsewhere else "run_on_device"}
+    ways.clear()
+    assert len(models.people(frames, phantom=True)) == 3
+    # frames of the host are made pictures of by the processor
+    assert set(ways) == {"run"}
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
 from bunraku.errors import OutOfMemory, StageBroken
@@ -56,6 +59,7 @@ class FakeSession:
     batch: int | str = "batch"
     act: Callable[[Pictures], None] = lambda pictures: None
     runs: list[int] = field(default_factory=list)
+    working: list[str] = field(default_factory=lambda: [CPU])
 
     def get_inputs(self) -> list[Any]:
         return [Value("pictures", (self.batch, 3, 2, 4))]
@@ -64,13 +68,42 @@ class FakeSession:
         return [Value("mean", (self.batch,))]
 
     def get_providers(self) -> list[str]:
-        return [CPU]
+        return self.working
+
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        return {CPU: {}, CUDA: {"device_id": "1"}, TENSORRT: {"device_id": "2"}}
 
     def run(self, output_names: Sequence[str], input_feed: Mapping[str, Pictures]) -> list[Any]:
         pictures = input_feed["pictures"]
         self.runs.append(len(pictures))
         self.act(pictures)
         return [pictures.mean(axis=(1, 2, 3))]
+
+    def io_binding(self) -> Binding:
+        return Binding()
+
+    def run_with_iobinding(self, binding: Binding) -> None:
+        (pictures,), (mean,) = binding.inputs, binding.outputs
+        (mean[:],) = self.run(["mean"], {"pictures": pictures})
+
+
+@dataclass
+class Binding:
+    """Arrays of the host by their addresses."""
+
+    inputs: list[Pictures] = field(default_factory=list)
+    outputs: list[Pictures] = field(default_factory=list)
+
+    def bind_input(self, *arguments: Any) -> None:
+        self.inputs.append(self._array(*arguments))
+
+    def bind_output(self, *arguments: Any) -> None:
+        self.outputs.append(self._array(*arguments))
+
+    def _array(self, name: str, kind: str, index: int, dtype: Any, shape: list[int], address: int) -> Pictures:
+        assert (kind, index, dtype) == ("cpu", 0, np.float32)
+        memory = (ctypes.c_float * math.prod(shape)).from_address(address)
+        return np.ctypeslib.as_array(memory).reshape(shape)
 
 
 def pictures(count: int) -> Pictures:
@@ -86,9 +119,32 @@ def test_any_number_of_pictures_gives_each_its_own_output(load: Callable[..., On
         np.testing.assert_array_equal(outputs["brightest"], pictures(count).max(axis=(1, 2, 3)))
 
 
+@pytest.mark.parametrize("batch", [1, 3, "any"])
+def test_tensors_are_run_where_they_are(load: Callable[..., OnnxNetwork], batch: int | str) -> None:
+    network = load(doubling(batch), OnnxSettings(device="cpu", num_threads=1, max_batch=4))
+    assert network.device == torch.device("cpu")
+    for count in (1, 3, 7):
+        given = torch.from_numpy(pictures(count))
+        outputs = network.run_on_device(given)
+        np.testing.assert_array_equal(outputs["twice"], 2 * pictures(count))
+        np.testing.assert_array_equal(outputs["brightest"], pictures(count).max(axis=(1, 2, 3)))
+        np.testing.assert_array_equal(given, pictures(count))
+
+
 def test_no_pictures_give_empty_outputs(load: Callable[..., OnnxNetwork]) -> None:
-    outputs = load(doubling(1)).run(pictures(0))
-    assert {name: values.shape for name, values in outputs.items()} == {"twice": (0, 3, 2, 4), "brightest": (0,)}
+    network = load(doubling(1))
+    shapes = {"twice": (0, 3, 2, 4), "brightest": (0,)}
+    assert {name: values.shape for name, values in network.run(pictures(0)).items()} == shapes
+    none = network.run_on_device(torch.from_numpy(pictures(0)))
+    assert {name: values.shape for name, values in none.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("working", "device"), [([CPU], "cpu"), ([CUDA, CPU], "cuda:1"), ([TENSORRT, CUDA, CPU], "cuda:2")]
+)
+def test_a_network_is_where_its_first_provider_computes(working: list[str], device: str) -> None:
+    session = FakeSession(working=working)
+    assert OnnxNetwork(session, "fake").device == torch.device(device)
 
 
 def test_names_and_sizes_are_read_from_the_file(load: Callable[..., OnnxNetwork]) -> None:
@@ -104,14 +160,18 @@ def test_a_free_first_axis_is_used_up_to_the_limit() -> None:
     session.runs.clear()
     network.run(pictures(10))
     assert session.runs == [4, 4, 2]
+    network.run_on_device(torch.from_numpy(pictures(10)))
+    assert session.runs == [4, 4, 2] * 2
 
 
 def test_a_fixed_first_axis_is_filled_up() -> None:
     session = FakeSession(batch=3)
     network = OnnxNetwork(session, "fake", max_batch=8)
     outputs = network.run(pictures(4))
+    on_device = network.run_on_device(torch.from_numpy(pictures(4)))
     assert set(session.runs) == {3}
-    np.testing.assert_allclose(outputs["mean"], pictures(4).mean(axis=(1, 2, 3)), rtol=1e-6)
+    for means in (outputs["mean"], on_device["mean"]):
+        np.testing.assert_allclose(means, pictures(4).mean(axis=(1, 2, 3)), rtol=1e-6)
 
 
 def test_a_first_axis_that_is_free_in_name_only_is_run_one_by_one(load: Callable[..., OnnxNetwork]) -> None:
@@ -212,6 +272,8 @@ def test_memory_that_is_short_is_said_so() -> None:
     network = OnnxNetwork(FakeSession(act=failing("Failed to allocate memory for requested buffer of size 9")), "fake")
     with pytest.raises(OutOfMemory, match="size 9"):
         network.run(pictures(1))
+    with pytest.raises(OutOfMemory, match="size 9"):
+        network.run_on_device(torch.from_numpy(pictures(1)))
 
 
 def test_a_fault_of_the_device_is_known_to_the_stage() -> None:

@@ -123,3 +123,23 @@ def test_network_is_given_levels_of_the_whole_batch() -> None:
     assert len(given) == 1
     assert given[0].dtype == torch.float32
     torch.testing.assert_close(given[0], letterboxed(pictures, SIDE).float() * 255)
+
+
+def test_each_picture_of_a_batch_has_its_own_people() -> None:
+    found = [[(8 * 3 + 5, 20, 12, 0.9, 0.8)], [], [(0, 6, 6, 1, 0.5), (60, 6, 6, 1, 0.7)]]
+    raws = [raw_output(list(people)) for people in found]  # type: ignore[call-overload]
+    pictures = torch.zeros(3, 3, 64, 64)
+    together = detect(pictures, torch.cat(raws))
+    assert [len(boxes) for boxes in together] == [1, 0, 2]
+    for boxes, raw in zip(together, raws, strict=True):
+        assert torch.equal(boxes, detect(pictures[:1], raw)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_boxes_of_pictures_on_a_gpu_come_to_the_host() -> None:
+    raw = raw_output([(8 * 3 + 5, 20, 12, 0.9, 0.8), (0, 6, 6, 1, 0.5)])
+    (here,) = detect(torch.zeros(1, 3, 64, 128), raw)
+    (there,) = detect(torch.zeros(1, 3, 64, 128).cuda(), raw.cuda())
+    assert there.device.type == "cpu"
+    torch.testing.assert_close(there, here)

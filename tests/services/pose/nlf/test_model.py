@@ -151,6 +151,15 @@ def test_best_person_of_each_frame_is_found_and_zeros_where_nobody_is() -> None:
     assert not joints[1].any()
 
 
+def test_somebody_whose_pose_is_not_plausible_is_nobody() -> None:
+    # the brighter, the more uncertain
+    frames, rows = torch.full((2, 60, 80, 3), 60, dtype=torch.uint8), torch.tensor([[10.0, 20, 20, 20, 0.8]])
+    frames[1] = 255
+    joints = estimator(_Spread(KnownAnswers())).find_joints(frames, Boxes(rows))
+    assert joints[0].any()
+    assert not joints[1].any()
+
+
 class _Spread(KnownAnswers):
     """Points over the whole crop instead of in its middle, so that they cover the box."""
 
