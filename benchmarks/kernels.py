@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from services.denoiser import triton_glue
-from services.denoiser.glue import Affine, Update
+from services.denoiser.fp8_attention import FP8
+from services.denoiser.glue import Affine
 from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
 from services.denoiser.model import Linear
 from services.denoiser.rope import Rope
+from services.denoiser.triton_fp8 import centred, restored
 from services.denoiser.triton_int8 import TritonArithmetic
 
 DIM, HIDDEN, HEADS = 5120, 13824, 40
@@ -45,18 +48,21 @@ def glue_kernels(tokens: int) -> list[tuple[str, Callable[[], object], float]]:
     values = torch.randn(1, tokens, DIM, device=DEVICE, dtype=torch.bfloat16)
     rows = torch.randn(1, DIM, device=DEVICE)
     only = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
-    affine, update = Affine(1e-6, rows, rows, only, 1), Update(values, rows, only)
+    affine = Affine(1e-6, rows, rows, only, 1)
     angles = torch.randn(tokens, DIM // HEADS // 2, device=DEVICE)
     rope = Rope(angles.cos(), angles.sin())
     linear = TurnedInt8Linear(
         Linear(DIM, 128).to(DEVICE), TritonArithmetic(), input_is_turned=False, group=128, gelu=False
     )
     glue, size = triton_glue.TRITON, float(tokens * DIM)
+    heads = torch.unflatten(values, -1, (HEADS, -1))
+    held = centred(heads)
     return [
-        ("norm, modulate, turn, int8", lambda: glue.normed(stream, None, affine, linear), 5 * size),
-        ("add gated, norm, modulate, turn, int8", lambda: glue.normed(stream, update, affine, linear), 15 * size),
-        ("add gated", lambda: glue.add(stream, update), 10 * size),
+        ("norm, modulate, turn, int8", lambda: glue.normed(stream, affine, linear), 5 * size),
         ("RMS norm and rotary positions", lambda: glue.turn(values, 1e-6, rows[0], HEADS, rope), 4 * size),
+        ("the same, to 8-bit floats", lambda: glue.turn(values, 1e-6, rows[0], HEADS, rope, FP8), 3 * size),
+        ("values less their mean, to 8-bit floats", lambda: centred(heads), 5 * size),
+        ("what 8-bit attention gathered, with the mean", lambda: restored(held.data, held, torch.bfloat16), 3 * size),
     ]
 
 
@@ -72,28 +78,38 @@ def quantising(tokens: int) -> list[tuple[str, Callable[[], object], float]]:
 
 def products(tokens: int) -> list[tuple[str, Callable[[], object], Callable[[], object]]]:
     """Name, work, and the same integer product without anything around it."""
-    arithmetic = TritonArithmetic()
     found: list[tuple[str, Callable[[], object], Callable[[], object]]] = []
     for k, n, gelu in ((DIM, DIM, False), (DIM, HIDDEN, True), (HIDDEN, DIM, False)):
-        data = torch.randint(-127, 128, (tokens, k), device=DEVICE, dtype=torch.int8)
-        weight = torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8)
-        scale, bias = torch.rand(n, device=DEVICE), torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
-        quantised = Int8Tokens(data, torch.rand(tokens, 1, device=DEVICE))
-
-        def work(
-            quantised: Int8Tokens = quantised,
-            weight: torch.Tensor = weight,
-            scale: torch.Tensor = scale,
-            bias: torch.Tensor = bias,
-            gelu: bool = gelu,
-        ) -> object:
-            return arithmetic.multiply(quantised, weight, scale, bias, torch.bfloat16, gelu)
-
-        def floor(data: torch.Tensor = data, weight: torch.Tensor = weight) -> object:
-            return torch._int_mm(data, weight.T)
-
-        found.append((f"product {k} -> {n}{', GELU' if gelu else ''}", work, floor))
+        product = Product(tokens, k, n)
+        name = f"product {k} -> {n}"
+        found.append((f"{name}{', GELU' if gelu else ''}", partial(product.made, gelu), product.bare))
+        if not gelu:
+            found.append((f"{name}, added gated", product.added, product.bare))
     return found
+
+
+class Product:
+    """Random numbers [tokens, k] and weights [n, k]."""
+
+    def __init__(self, tokens: int, k: int, n: int) -> None:
+        data = torch.randint(-127, 128, (tokens, k), device=DEVICE, dtype=torch.int8)
+        self.tokens = Int8Tokens(data, torch.rand(tokens, 1, device=DEVICE))
+        self.weight = torch.randint(-127, 128, (n, k), device=DEVICE, dtype=torch.int8)
+        self.scale, self.bias = torch.rand(n, device=DEVICE), torch.randn(n, device=DEVICE, dtype=torch.bfloat16)
+        self.stream = torch.zeros(1, tokens if n == DIM else 0, n, device=DEVICE)
+        self.gate, self.row = self.scale[None] * 1e-6, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+
+    def made(self, gelu: bool) -> object:
+        return TritonArithmetic().multiply(self.tokens, self.weight, self.scale, self.bias, torch.bfloat16, gelu)
+
+    def added(self) -> object:
+        TritonArithmetic().add_product(
+            self.stream, self.tokens, self.weight, self.scale, self.bias, self.gate, self.row
+        )
+        return self.stream
+
+    def bare(self) -> object:
+        return torch._int_mm(self.tokens.data, self.weight.T)
 
 
 def tune(tokens: int, rate: float) -> None:

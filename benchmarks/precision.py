@@ -1,15 +1,23 @@
 """The transformer's forward pass at each precision: seconds, and where they go. Needs a GPU.
 
-`python -m benchmarks.precision [--layers N] [--profile]` fills SCAIL 14B with random INT8 weights and prints, for 32,760
-tokens (832x480, 81 frames, without pose) and 48,832 (SCAIL at 896x512, 81 frames), the seconds of a forward pass, the
-ratio to the same matrix products at the chip's bf16 rate, and how far the result is from that of `exact`.
+`python -m benchmarks.precision [--layers N] [--profile] [--peer] [--json FILE]` fills SCAIL 14B with random INT8 weights
+and prints, for 32,760 tokens (832x480, 81 frames, without pose) and 48,832 (SCAIL at 896x512, 81 frames), the seconds of
+a forward pass as it is at every step but the first (keys and values of the context are there), the ratio to the same
+matrix products at the chip's bf16 rate, and how far the result is from that of `exact`. `--peer`: then diffusers' Wan
+2.1 I2V 14B (if installed) with random bf16 weights, cuDNN attention and compiled blocks, over as many tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
+import importlib
+import json
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,32 +25,84 @@ from torch import Tensor
 from benchmarks.denoiser import GIB, matmul_rate, operations, timed
 from runtime.weights import build_on_meta
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise, text_to_video
-from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
-from services.denoiser.precision import PRECISIONS, set_precision
+from services.denoiser.model import PRESETS, Context, DiffusionTransformer, TransformerConfig
+from services.denoiser.precision import (
+    BALANCED,
+    EXACT,
+    FAST,
+    PRECISIONS,
+    attention_of,
+    fast_attention,
+    set_precision,
+    use_attention,
+)
 from services.denoiser.quantisation import Int8Linear, block_linears, quantize_modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    precision: str
+    attention: str
+    tokens: int
+    seconds: float
+    floor_s: float
+    ratio: float
+    peak_gib: float
+    from_exact: float | None  # relative
+
+    def __str__(self) -> str:
+        difference = "" if self.from_exact is None else f"{self.from_exact:.4f}"
+        return (
+            f"| {self.precision} | {self.attention} | {self.tokens} | {self.seconds:.3f} | {self.floor_s:.2f} | "
+            f"{self.ratio:.2f} | {self.peak_gib:.1f} | {difference} |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=40, help="blocks; fewer for a trial")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precisions", default=",".join(PRECISIONS), help="in this order, with commas between")
     parser.add_argument("--profile", action="store_true", help="print the kernels that took the longest")
+    parser.add_argument("--peer", action="store_true", help="measure diffusers too")
+    parser.add_argument("--json", type=Path, help="to write")
     options = parser.parse_args()
     config = dataclasses.replace(PRESETS["scail-14b"], num_layers=options.layers)
     device = torch.device("cuda:0")
     rate = matmul_rate(device)
-    print(f"{torch.cuda.get_device_name(device)}, bf16 matrix products: {rate / 1e12:.0f} TFLOP/s; {clocks()}\n")
-    model = random_model(config, device)
-    print("| precision | tokens | s per forward | bf16 floor s | ratio | peak GiB | from exact |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    exact: dict[int, Tensor] = {}
-    for precision in PRECISIONS:
-        set_precision(model, precision)
-        for conditioning in (clip(480, 832, config, device), animated(512, 896, config, device)):
-            print(row(model, conditioning, precision, rate, options.repeats, exact), flush=True)
-        if options.profile:
-            print(profile(model, animated(512, 896, config, device)), flush=True)
+    name = f"{torch.cuda.get_device_name(device)}, bf16 matrix products: {rate / 1e12:.0f} TFLOP/s; {clocks()}"
+    print(
+        f"{name}\n\n| precision | attention | tokens | s per forward | bf16 floor s | ratio | peak GiB | from exact |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    rows = ours(config, device, rate, options.repeats, options.profile, options.precisions.split(","))
+    gc.collect()
+    torch.cuda.empty_cache()
+    if options.peer:
+        rows += peer(config, device, rate, options.repeats)
     print(f"\nafterwards: {clocks()}")
+    if options.json:
+        document = {"device": name, "rows": [dataclasses.asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def ours(
+    config: TransformerConfig, device: torch.device, rate: float, repeats: int, profiled: bool, precisions: list[str]
+) -> list[Row]:
+    model = random_model(config, device)
+    exact: dict[int, Tensor] = {}
+    rows = []
+    for index, precision in enumerate(precisions):
+        if precision == FAST and BALANCED in precisions[:index]:
+            use_attention(model, fast_attention(device))  # all else is as in `balanced`
+        else:
+            set_precision(model, precision)
+        for conditioning in (clip(480, 832, config, device), animated(512, 896, config, device)):
+            rows.append(measured(model, conditioning, precision, rate, repeats, exact))
+            print(rows[-1], flush=True)
+        if profiled:
+            print(profile(model, animated(512, 896, config, device)), flush=True)
+    return rows
 
 
 def random_model(config: TransformerConfig, device: torch.device) -> DiffusionTransformer:
@@ -83,35 +143,84 @@ def animated(height: int, width: int, config: TransformerConfig, device: torch.d
 
 
 @torch.inference_mode()
-def row(
+def measured(
     model: DiffusionTransformer,
     conditioning: Conditioning,
     precision: str,
     rate: float,
     repeats: int,
     exact: dict[int, Tensor],
-) -> str:
-    tokens = len(conditioning.rope.cos)
-    predicted = forward(model, conditioning)
+) -> Row:
+    tokens, context = len(conditioning.rope.cos), embedded(model, conditioning)
+    seconds, peak, predicted = best(lambda: forward(model, conditioning, context), repeats)
+    floor = operations(model.config, tokens) / rate
+    if precision == EXACT:
+        exact[tokens] = predicted
+    expected = exact.get(tokens)
+    difference = None if expected is None else float((predicted - expected).norm() / expected.norm())
+    return Row(precision, attention_of(model), tokens, seconds, floor, seconds / floor, peak, difference)
+
+
+def best(work: Callable[[], Tensor], repeats: int) -> tuple[float, float, Tensor]:
+    """Seconds and peak GiB of a pass after the first, which compiles kernels and makes what is kept; its result."""
+    predicted = work()
     torch.cuda.reset_peak_memory_stats()
     with timed(predicted.device) as seconds:
         for _ in range(repeats):
-            predicted = forward(model, conditioning)
-    taken, floor = seconds() / repeats, operations(model.config, tokens) / rate
-    expected = exact.setdefault(tokens, predicted)
-    difference = float((predicted - expected).norm() / expected.norm())
-    peak = torch.cuda.max_memory_allocated() / GIB
-    return (
-        f"| {precision} | {tokens} | {taken:.3f} | {floor:.2f} | {taken / floor:.2f} | {peak:.1f} | {difference:.4f} |"
-    )
+            predicted = work()
+    return seconds() / repeats, torch.cuda.max_memory_allocated() / GIB, predicted
 
 
-def forward(model: DiffusionTransformer, conditioning: Conditioning) -> Tensor:
-    """One prediction; the keys of the context are made each time, as at the first step."""
+@torch.inference_mode()
+def peer(config: TransformerConfig, device: torch.device, rate: float, repeats: int) -> list[Row]:
+    """diffusers, as fast as its own settings make it."""
+    models: Any = importlib.import_module("diffusers")
+    with torch.device("meta"):
+        model = models.WanTransformer3DModel(
+            in_channels=36,
+            image_dim=config.image_dim,
+            added_kv_proj_dim=config.dim,
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+        )
+    # its tables of positions are buffers that are computed where it is built
+    model.rope = type(model.rope)(config.head_dim, config.patch, 1024).to(device)
+    for parameter_name, parameter in list(model.named_parameters()):
+        owner = model.get_submodule(parameter_name.rpartition(".")[0])
+        values = torch.randn(parameter.shape, device=device, dtype=torch.bfloat16) * parameter[0].numel() ** -0.5
+        setattr(owner, parameter_name.rpartition(".")[2], torch.nn.Parameter(values, requires_grad=False))
+    model.eval().set_attention_backend("_native_cudnn")
+    model.compile_repeated_blocks(fullgraph=True)
+    rows = []
+    for frames, height, width in ((21, 60, 104), (109, 32, 56)):
+        tokens = frames * height * width // 4
+        given = {
+            "hidden_states": torch.randn(1, 36, frames, height, width, device=device, dtype=torch.bfloat16),
+            "timestep": torch.tensor([999], device=device),
+            "encoder_hidden_states": torch.randn(1, 512, 4096, device=device, dtype=torch.bfloat16),
+            "encoder_hidden_states_image": torch.randn(1, 257, 1280, device=device, dtype=torch.bfloat16),
+            "return_dict": False,
+        }
+        seconds, peak, _ = best(lambda given=given: model(**given)[0], repeats)  # type: ignore[misc]
+        floor = operations(config, tokens) / rate
+        rows.append(Row("diffusers, bf16", "cudnn", tokens, seconds, floor, seconds / floor, peak, None))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def embedded(model: DiffusionTransformer, conditioning: Conditioning) -> Context:
+    """Text and image; computed once per request, as the keys and values are that the blocks make of it."""
     device, config = conditioning.rope.cos.device, model.config
     text = seeded_noise((1, config.text_len, config.text_dim), 3).to(device)
     image = seeded_noise((1, 257, config.image_dim or 0), 4).to(device)
-    context = model.embed_context(text, image)
+    return model.embed_context(text, image)
+
+
+def forward(model: DiffusionTransformer, conditioning: Conditioning, context: Context) -> Tensor:
+    """One prediction, as at every step but the first."""
+    device, config = conditioning.rope.cos.device, model.config
     if conditioning.pose_latents is None:
         latents = seeded_noise((1, config.in_dim, 21, 60, 104), 5).to(device)
         predicted: Tensor = model(latents, torch.tensor([999]), context, conditioning.rope)
@@ -125,8 +234,10 @@ def forward(model: DiffusionTransformer, conditioning: Conditioning) -> Tensor:
 
 @torch.inference_mode()
 def profile(model: DiffusionTransformer, conditioning: Conditioning) -> str:
+    context = embedded(model, conditioning)
+    forward(model, conditioning, context)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        forward(model, conditioning)
+        forward(model, conditioning, context)
         torch.cuda.synchronize()
     averages = sorted(profiler.key_averages(), key=lambda average: -average.self_device_time_total)
     lines = [f"| {a.key[:80]} | {a.count} | {a.self_device_time_total / 1000:.1f} |" for a in averages[:16]]

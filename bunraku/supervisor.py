@@ -103,6 +103,7 @@ class SystemSettings:
         devices: device of a stage, by its name; a stage that is not named chooses itself.
         grace_s: seconds that a program has to finish what it works on when it is stopped.
         otlp_endpoint: of an OpenTelemetry collector; empty: what the environment says.
+        environments: of a stage, by its name: settings that it gets besides.
         certificates: directory as `make certs` writes it; the programs then talk over mutual TLS, and clients need a
             certificate too. None: none of that.
     """
@@ -115,6 +116,7 @@ class SystemSettings:
     grace_s: float = 10.0
     otlp_endpoint: str = ""
     certificates: Path | None = None
+    environments: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def system_programs(settings: SystemSettings) -> list[Program]:
                 **_tls_environment(settings.certificates, stage),
                 "BUNRAKU_ADDRESS": address,
                 "BUNRAKU_DEVICE": settings.devices.get(stage, "auto"),
+                **settings.environments.get(stage, {}),
             },
             _tls_files(settings.certificates, GATEWAY),
         )

@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 registry=${1:?the registry and its folder}
 tag=${2:?the tag}
-for image in gateway encoder pose denoiser denoiser-kernels vae; do
+for image in gateway encoder pose denoiser denoiser-kernels vae vae-kernels; do
     docker build --file docker/Dockerfile --target "$image" --tag "$registry/$image:$tag" \
         ${PYTHON_IMAGE:+--build-arg "PYTHON=$PYTHON_IMAGE"} .
     if [ "${PUSH:-0}" = 1 ]; then

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -181,10 +183,14 @@ class PlainAttention:
     """PyTorch's choice of kernel, without the holding-to that a compiled block cannot have."""
 
     name: str = "plain"
+    dtype: torch.dtype | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
+
+    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+        return partial(self, keys=keys, values=values)
 
 
 PLAIN = PlainAttention()

@@ -1,6 +1,6 @@
 """Scores a bundle through its real services, and says whether every floor is reached.
 
-    python -m benchmarks.quality [--bundle DIR] [--bf16 FILE] [--clips N] [--effects N] [--fewer] [--json FILE] [--sheet FILE]
+    python -m benchmarks.quality [--bundle DIR] [--bf16 FILE] [--clips N] [--effects N] [--fewer] [--presets] [--json FILE] [--sheet FILE]
 
 Starts the five processes, animates reference pictures of the held-out split after raw driving clips, and compares with
 what is known of both. Exit status 1 where a floor is missed. `--bf16` names the transformer before it was quantised.
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks.quality import scoring
 from benchmarks.quality.bundles import with_transformer
@@ -24,6 +25,7 @@ from benchmarks.quality.services import running
 from benchmarks.quality.sheet import write_sheet
 from benchmarks.quality.suite import Suite
 from runtime.bundles import load_bundle
+from services.denoiser.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _SHOWN = 4
@@ -50,6 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--effects", type=int, default=12, help="clips whose captions ask for effects; at least 1")
     parser.add_argument("--quick", action="store_true", help="leaves out what has no floor")
     parser.add_argument("--fewer", action="store_true", help="step caches, less guidance and fewer steps alone")
+    parser.add_argument("--presets", action="store_true", help="the precisions of the denoiser alone")
     parser.add_argument("--json", type=Path, help="file for the scores")
     parser.add_argument("--sheet", type=Path, help="PNG to look at")
     return parser.parse_args()
@@ -62,6 +65,14 @@ async def _measure(arguments: argparse.Namespace, directory: Path) -> list[Score
     files.mkdir()
     suite = Suite.make(files, side, arguments.clips, arguments.effects)
     scores: list[Score] = []
+    if arguments.presets:
+        exact: list[Tensor] = []
+        for precision in PRECISIONS:
+            async with running(arguments.bundle, data / precision, precision) as services:
+                motley, further = await scoring.score_beside(services, suite, precision, exact, PRECISIONS[0])
+            exact = exact or motley
+            _tell(scores, further)
+        return scores
     async with running(arguments.bundle, data) as services:
         if arguments.fewer:
             async for further in scoring.score_fewer(services, suite):

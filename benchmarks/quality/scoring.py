@@ -168,24 +168,33 @@ async def score_fewer(services: Services, suite: Suite) -> AsyncIterator[list[Sc
     """Animations with fewer forward passes, and what they are to be compared with."""
     in_full: list[Tensor] = []
     for name, arguments in FEWER.items():
-        named = name.replace(" ", "-").replace(",", "")
-        motley = await services.animate(suite.motley, [case.driving for case in suite.motley], named=named, **arguments)
-        effects = await services.animate(
-            suite.effects, [case.driving for case in suite.effects], named=f"{named}-effects", **arguments
-        )
-        present, absent, *_ = score_effects(effects, suite.effects)
-        in_full = in_full or motley  # the same seeds; the first is in full
-        alike = [psnr(video, whole) for video, whole in zip(motley, in_full, strict=True)] if arguments else []
-        yield [
-            *(
-                [Score(f"{name}: PSNR against every step in full", mean(alike), "dB", count=len(alike))]
-                if alike
-                else []
-            ),
-            Score(f"{name}: PCK@0.1", pck(motley, suite.motley), count=len(motley)),
-            replace(present, name=f"{name}: effect present when asked for", bound=None),
-            replace(absent, name=f"{name}: effect absent when not", bound=None),
-        ]
+        motley, scores = await score_beside(services, suite, name, in_full, "every step in full", **arguments)
+        in_full = in_full or motley
+        yield scores
+
+
+async def score_beside(
+    services: Services, suite: Suite, name: str, first: Sequence[Tensor], other: str, **arguments: Any
+) -> tuple[list[Tensor], list[Score]]:
+    """Videos made in some way, with the same seeds each time, and their scores.
+
+    Args:
+        first: the videos to compare them with; empty: these are they.
+        other: what those are called.
+    """
+    named = name.replace(" ", "-").replace(",", "")
+    motley = await services.animate(suite.motley, [case.driving for case in suite.motley], named=named, **arguments)
+    effects = await services.animate(
+        suite.effects, [case.driving for case in suite.effects], named=f"{named}-effects", **arguments
+    )
+    present, absent, *_ = score_effects(effects, suite.effects)
+    alike = [psnr(video, whole) for video, whole in zip(motley, first, strict=True)] if first else []
+    return motley, [
+        *([Score(f"{name}: PSNR against {other}", mean(alike), "dB", count=len(alike))] if alike else []),
+        Score(f"{name}: PCK@0.1", pck(motley, suite.motley), count=len(motley)),
+        replace(present, name=f"{name}: effect present when asked for", bound=None),
+        replace(absent, name=f"{name}: effect absent when not", bound=None),
+    ]
 
 
 async def score_guidance(services: Services, suite: Suite) -> list[Score]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,13 @@ class Services:
 
 
 @asynccontextmanager
-async def running(bundle: Path, data: Path) -> AsyncIterator[Services]:
-    """Starts the five processes with a bundle on this machine; stops them at the end."""
-    programs = system_programs(SystemSettings(bundle=bundle, data=data, port=0))
+async def running(bundle: Path, data: Path, precision: str | None = None) -> AsyncIterator[Services]:
+    """Starts the five processes with a bundle on this machine; stops them at the end. precision: of the denoiser."""
+    chosen = {} if precision is None else {"BUNRAKU_PRECISION": precision}
+    programs = [
+        replace(program, environment={**program.environment, **chosen}) if program.name == "denoiser" else program
+        for program in system_programs(SystemSettings(bundle=bundle, data=data, port=0))
+    ]
     addresses = {program.name: program.address for program in programs}
     assert addresses.keys() >= set(STAGES)
     async with Supervisor(programs, data=data) as supervisor, AsyncClient(supervisor.address) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,14 @@ def serve(
         ),
     ] = None,
     devices: options.Devices = "",
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            "--vram",
+            help="As 16GiB: what all stages together may take of the one GPU that they share; `bunraku plan --stage all` "
+            "shows what each gets. Not given: each takes what it likes.",
+        ),
+    ] = None,
     grace: options.Grace = 10.0,
     certificates: Annotated[
         Path | None,
@@ -46,16 +55,39 @@ def serve(
     from bunraku.cli.system import bundle_directory, data_directory, parse_devices
     from bunraku.supervisor import SystemSettings
 
+    if vram is not None and devices:
+        raise typer.BadParameter(
+            "is of one GPU that all stages share; --devices gives them several", param_hint="--vram"
+        )
+    found = bundle_directory(bundle)
     settings = SystemSettings(
-        bundle_directory(bundle),
+        found,
         data_directory(data),
         models,
         port,
         parse_devices(devices),
         grace,
         certificates=certificates,
+        environments={} if vram is None else _within(vram, found, models),
     )
     asyncio.run(_serve(settings, verbose=verbose))
+
+
+def _within(vram: str, bundle: Path, models: Path | None) -> dict[str, Mapping[str, str]]:
+    """Settings by which each stage keeps to its share of a GPU. Raises BadParameter where the shares are too small."""
+    from bunraku.cli.plan import parsed_bytes
+    from bunraku.cli.plan_device import Clip, DoesNotFit, device_shares
+    from runtime.bundles import load_bundle
+
+    found = load_bundle(bundle, models)
+    clip = Clip(found.video.width, found.video.height, found.video.window_frames)
+    try:
+        shares = device_shares(found, clip, parsed_bytes(vram))
+    except DoesNotFit as error:
+        raise typer.BadParameter(str(error), param_hint="--vram") from error
+    for share in shares:
+        typer.echo(f"{share.stage}: {share.vram_bytes / 1024**3:.2f} GiB, {share.words}")
+    return {share.stage: share.environment for share in shares}
 
 
 async def _serve(settings: SystemSettings, *, verbose: bool) -> None:

@@ -16,8 +16,11 @@ class DenoiserSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BUNRAKU_", frozen=True)
 
-    precision: Literal["auto", "exact", "balanced"] = Field(
+    precision: Literal["auto", "exact", "balanced", "fast"] = Field(
         default="auto", description="how the blocks compute; auto: balanced where there are kernels for it, else exact"
+    )
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math", "sage", "flash3"] = Field(
+        default="auto", description="how the video attends to itself; auto: as the precision has it"
     )
     memory_mode: Literal["gpu_only", "hybrid", "cpu_only"] = Field(
         default="gpu_only", description="hybrid: blocks that do not fit into vram stay in host memory and are streamed"
@@ -58,6 +61,7 @@ def main() -> None:
     make_service = partial(
         DenoiserService,
         precision=settings.precision,
+        attention=settings.attention,
         memory_mode=settings.memory_mode,
         vram_bytes=settings.vram,
         step_cache=settings.step_cache,

@@ -6,9 +6,13 @@ GPUs) needs no change in `model.py`, and the one in use can be reported by its n
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +26,17 @@ class Attention(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What queries and keys of self-attention are to be made in; None: the dtype of the linears, as values are."""
+        ...
+
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """queries [B, L, H, d], keys and values [B, K, H, d], all of one dtype -> [B, L, H, d]."""
+        """queries [B, L, H, d], keys and values [B, K, H, d] -> [B, L, H, d] of the values' dtype."""
+        ...
+
+    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+        """The same for queries that come piece by piece. What is returned does not use `values` if `dtype` is given."""
         ...
 
 
@@ -33,6 +46,7 @@ class ScaledDotProduct:
 
     name: str
     kernels: tuple[SDPBackend, ...]  # the first that can run is taken
+    dtype: torch.dtype | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         with sdpa_kernel(list(self.kernels), set_priority=True):
@@ -41,7 +55,44 @@ class ScaledDotProduct:
             )
         return attended.transpose(1, 2)  # [B, L, H, d]
 
+    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+        return partial(self, keys=keys, values=values)
 
+
+@dataclass(frozen=True)
+class Installed:
+    """A function of a package that the operator may have installed; it is no dependency of this one."""
+
+    name: str
+    package: str
+    oldest: int  # major version of the package
+    module: str
+    function: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+    dtype: torch.dtype | None = None
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        function = getattr(importlib.import_module(self.module), self.function)
+        attended = function(queries, keys, values, **dict(self.arguments))
+        result: Tensor = attended[0] if isinstance(attended, tuple) else attended
+        return result
+
+    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+        return partial(self, keys=keys, values=values)
+
+    @property
+    def is_installed(self) -> bool:
+        try:
+            return int(importlib.metadata.version(self.package).split(".")[0]) >= self.oldest
+        except importlib.metadata.PackageNotFoundError:
+            return False
+
+
+# int8 products of queries and keys, fp8 of weights and values (Zhang et al. 2024, arXiv:2411.10958). Version 1, which is
+# what PyPI has, is slower than cuDNN in bf16 and writes into the caller's keys.
+SAGE = Installed("sage", "sageattention", 2, "sageattention", "sageattn", (("tensor_layout", "NHD"),))
+# FlashAttention 3, for Hopper (Shah et al. 2024, arXiv:2407.08608)
+FLASH3 = Installed("flash3", "flash_attn_3", 3, "flash_attn_interface", "flash_attn_func")
 # cuDNN first: 83 ms against 136 ms of flash at 48,832 tokens on an H100
 _FASTEST_FIRST = (
     SDPBackend.CUDNN_ATTENTION,
@@ -56,6 +107,8 @@ BACKENDS: dict[str, Attention] = {
     "flash": ScaledDotProduct("flash", (SDPBackend.FLASH_ATTENTION,)),
     "efficient": ScaledDotProduct("efficient", (SDPBackend.EFFICIENT_ATTENTION,)),
     "math": ScaledDotProduct("math", (SDPBackend.MATH,)),
+    "sage": SAGE,
+    "flash3": FLASH3,
 }
 
 
@@ -81,6 +134,6 @@ def _runs(backend: Attention, tokens: Tensor) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a refused kernel explains itself in warnings
             backend(tokens, tokens, tokens)
-    except RuntimeError:
+    except (RuntimeError, ImportError):
         return False
     return True

@@ -7,12 +7,13 @@ interchangeable, as attention is: `PLAIN` runs everywhere, `triton_glue` does ea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.denoiser.fp8_attention import FP8, as_fp8
 from services.denoiser.rope import Rope, rotate
 
 if TYPE_CHECKING:
@@ -22,13 +23,20 @@ Prepared: TypeAlias = "Tensor | Int8Tokens"  # tokens as the linears that follow
 
 
 class Consumer(Protocol):
-    """A linear layer, as the maker of its input sees it."""
+    """A linear layer, as those see it who make its input and take its output."""
 
     @property
     def compute_dtype(self) -> torch.dtype: ...
 
-    def prepare(self, inputs: Tensor) -> Prepared:
-        """Inputs [..., in] of any float dtype -> what the layer computes with; done once for layers that share them."""
+    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Prepared:
+        """Inputs [..., in] of any float dtype -> what the layer computes with; done once for layers that share them.
+
+        also: of the same shape and dtype, to be added to the inputs.
+        """
+        ...
+
+    def __call__(self, inputs: Any) -> Tensor:
+        """Inputs, prepared or not -> [..., out] of `compute_dtype`."""
         ...
 
 
@@ -44,11 +52,10 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a part of a block adds to the residual stream: gate * values."""
+class Gate:
+    """What weighs a part of a block where it is added to the residual stream."""
 
-    values: Tensor  # [B, L, D] of any float dtype
-    gate: Tensor | None  # [n, D] float32; None: 1
+    factor: Tensor | None  # [n, D] float32; None: 1
     row: Tensor  # [B or 1, L or 1] int64, below n
 
 
@@ -58,19 +65,24 @@ class Glue(Protocol):
     @property
     def name(self) -> str: ...
 
-    def normed(self, tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
-        """The tokens after the update, if there is one, and their layer norm with its affine map, prepared for `to`.
-
-        May write into `tokens`.
-        """
+    def normed(self, tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
+        """Layer norm of the tokens with its affine map, prepared for `to`."""
         ...
 
-    def add(self, tokens: Tensor, update: Update) -> Tensor:
-        """The tokens after the update. May write into `tokens`."""
+    def add(self, tokens: Tensor, linear: Consumer, inputs: Prepared, gate: Gate) -> Tensor:
+        """tokens + gate * linear(inputs). May write into `tokens`."""
         ...
 
-    def turn(self, projected: Tensor, eps: float, weight: Tensor, num_heads: int, rope: Rope | None) -> Tensor:
-        """RMS norm over all heads at once, then rotary positions: [B, L, D] -> [B, L, H, d] of the same dtype."""
+    def turn(
+        self,
+        projected: Tensor,
+        eps: float,
+        weight: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """RMS norm over all heads at once, then rotary positions: [B, L, D] -> [B, L, H, d] of `dtype`, or the same."""
         ...
 
 
@@ -79,21 +91,27 @@ class PlainGlue:
 
     name = "plain"
 
-    def normed(self, tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
-        if update is not None:
-            tokens = self.add(tokens, update)
+    def normed(self, tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
         normed = F.layer_norm(tokens, tokens.shape[-1:], eps=affine.eps)
         factor, addend = affine.factor[affine.row], affine.addend[affine.row]
-        return tokens, to.prepare(torch.addcmul(addend, normed, affine.plus + factor))
+        return to.prepare(torch.addcmul(addend, normed, affine.plus + factor))
 
-    def add(self, tokens: Tensor, update: Update) -> Tensor:
-        if update.gate is None:
-            return tokens + update.values
-        return torch.addcmul(tokens, update.gate[update.row], update.values)
+    def add(self, tokens: Tensor, linear: Consumer, inputs: Prepared, gate: Gate) -> Tensor:
+        values = linear(inputs)
+        return tokens + values if gate.factor is None else torch.addcmul(tokens, gate.factor[gate.row], values)
 
-    def turn(self, projected: Tensor, eps: float, weight: Tensor, num_heads: int, rope: Rope | None) -> Tensor:
+    def turn(
+        self,
+        projected: Tensor,
+        eps: float,
+        weight: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         heads = torch.unflatten(F.rms_norm(projected.float(), weight.shape, weight, eps), -1, (num_heads, -1))
-        return (heads if rope is None else rotate(heads, rope)).to(projected.dtype)
+        turned = heads if rope is None else rotate(heads, rope)
+        return as_fp8(turned) if dtype == FP8 else turned.to(dtype or projected.dtype)
 
 
 PLAIN: Glue = PlainGlue()

@@ -39,12 +39,14 @@ class Arithmetic:
 
     name = "plain"
 
-    def quantize(self, tokens: Tensor, group: int) -> Int8Tokens:
+    def quantize(self, tokens: Tensor, group: int, also: Tensor | None = None) -> Int8Tokens:
         """tokens [..., K] of any float dtype, turned in groups of `group` channels (1: not at all).
 
-        What is turned is rounded to bfloat16 first, which is a tenth of the step that the int8 numbers then make.
+        also: of the same shape and dtype, added in float32. What is turned is rounded to bfloat16 first, which is a
+        tenth of the step that the int8 numbers then make.
         """
-        turned = tokens.float() if group == 1 else rotated(tokens.bfloat16().float(), group)
+        exact = tokens.float() if also is None else tokens.float() + also.float()
+        turned = exact if group == 1 else rotated(exact.bfloat16().float(), group)
         scale = turned.abs().amax(-1, keepdim=True).clamp_min(_SMALLEST) / HIGHEST
         return Int8Tokens((turned / scale).round().to(torch.int8), scale)
 
@@ -87,8 +89,8 @@ class TurnedInt8Linear(nn.Module):
         self.gelu = gelu
         self.arithmetic = arithmetic
 
-    def prepare(self, inputs: Tensor) -> Int8Tokens:
-        return self.arithmetic.quantize(inputs, self.group)
+    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Int8Tokens:
+        return self.arithmetic.quantize(inputs, self.group, also)
 
     def forward(self, inputs: Tensor | Int8Tokens) -> Tensor:
         tokens = inputs if isinstance(inputs, Int8Tokens) else self.prepare(inputs)
@@ -96,11 +98,17 @@ class TurnedInt8Linear(nn.Module):
         return self.arithmetic.multiply(tokens, self.data, self.scale, bias, self.compute_dtype, self.gelu)
 
 
-def use_int8(model: DiffusionTransformer, arithmetic: Arithmetic = PLAIN, device: torch.device | None = None) -> None:
+def use_int8(
+    model: DiffusionTransformer,
+    arithmetic: Arithmetic = PLAIN,
+    device: torch.device | None = None,
+    take: Callable[[Block], None] | None = None,
+) -> None:
     """Gives the blocks of a loaded model int8 arithmetic, in place, one block after another.
 
     The weights may be floats or int8 already. Keys and values of the context are computed once per request and stay as
-    they are. device: where to compute the new weights, which then go back to where the old ones were.
+    they are. device: where to compute the new weights, which then go back to where the old ones were; take: is given
+    each block with its new weights on `device` instead.
     """
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -112,7 +120,10 @@ def use_int8(model: DiffusionTransformer, arithmetic: Arithmetic = PLAIN, device
         block.ffn[0] = _converted(first, arithmetic, gelu=True)
         block.ffn[1] = nn.Identity()
         block.ffn[2] = _converted(last, arithmetic)
-        block.to(home)
+        if take is None:
+            block.to(home)
+        else:
+            take(block)
 
 
 def _convert_self_attention(layer: SelfAttention, arithmetic: Arithmetic) -> None:

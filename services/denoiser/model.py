@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.denoiser.attention import AUTO, Attention
-from services.denoiser.glue import PLAIN, Affine, Consumer, Glue, Prepared, Update
+from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, Prepared
 from services.denoiser.rope import Rope
 
 _CLIP_EPS = 1e-5  # the image projection keeps PyTorch's default where the blocks have 1e-6
@@ -80,7 +80,6 @@ class Context:
     image: Tensor | None  # [B, image tokens, D], None without an image branch
     # Keys and values that each cross-attention has made of them: the same at every step
     made: dict[CrossAttention, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict, compare=False)
-    on_host: bool = False  # keeps them in host memory: at full size they are 0.6 GB
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ class Linear(nn.Linear):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def prepare(self, inputs: Tensor) -> Tensor:
-        return inputs.to(self.weight.dtype)
+    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Tensor:
+        return (inputs if also is None else inputs + also).to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(self.prepare(inputs), self.weight, self.bias)
@@ -170,18 +169,23 @@ class AttentionLayer(nn.Module):
         """[B, L, D] -> [B, L, H, d]."""
         return torch.unflatten(tokens, -1, (self.num_heads, -1))
 
-    def normed(self, projected: Tensor, norm: RMSNorm, rope: Rope | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, H, d], turned to the tokens' positions where there are any."""
-        return self.glue.turn(projected, norm.eps, norm.weight, self.num_heads, rope)
+    def normed(
+        self, projected: Tensor, norm: RMSNorm, rope: Rope | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, H, d] of `dtype`, or the same, turned to the tokens' positions where there are any."""
+        return self.glue.turn(projected, norm.eps, norm.weight, self.num_heads, rope, dtype)
 
 
 class SelfAttention(AttentionLayer):
     """Attention of all tokens to all tokens, at rotary positions."""
 
     def project(self, tokens: Prepared, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """tokens [B, L, D] as the linears take them -> queries, keys, values [B, L, H, d] in the linears' dtype."""
-        queries = self.normed(self.q(tokens), self.norm_q, rope)
-        keys = self.normed(self.k(tokens), self.norm_k, rope)
+        """tokens [B, L, D] as the linears take them -> queries, keys, values [B, L, H, d].
+
+        Values in the linears' dtype; queries and keys too, unless attention wants them in another.
+        """
+        queries = self.normed(self.q(tokens), self.norm_q, rope, self.attention.dtype)
+        keys = self.normed(self.k(tokens), self.norm_k, rope, self.attention.dtype)
         return queries, keys, self.split_heads(self.v(tokens))
 
 
@@ -198,29 +202,22 @@ class CrossAttention(AttentionLayer):
             self.v_img = Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim, config.eps)
 
-    def forward(self, tokens: Prepared, context: Context) -> Tensor:
-        """tokens [B, L, D] as the linears take them -> [B, L, D] in the linears' dtype."""
+    def forward(self, tokens: Prepared, context: Context) -> Prepared:
+        """tokens [B, L, D] as the linears take them -> what the output projection takes."""
         queries = self.normed(self.q(tokens), self.norm_q)
-        (keys, values), *images = self.keys_and_values(context)
-        attended = self.attention(queries, keys, values)
-        for keys, values in images:
-            attended = attended + self.attention(queries, keys, values)
-        output: Tensor = self.o(attended.flatten(2))
-        return output
+        attended = [self.attention(queries, *pair).flatten(2) for pair in self.keys_and_values(context)]
+        return cast(Consumer, self.o).prepare(*attended)
 
     def keys_and_values(self, context: Context) -> tuple[tuple[Tensor, Tensor], ...]:
         """Of the text, then of the image if there is one: [B, n, H, d] each. Kept in the context, but not in training."""
         if self in context.made:
-            device = context.text.device
-            return tuple((keys.to(device), values.to(device)) for keys, values in context.made[self])
+            return context.made[self]
         made = [(self.normed(self.k(context.text), self.norm_k), self.split_heads(self.v(context.text)))]
         if context.image is not None:
             keys = self.normed(self.k_img(context.image), self.norm_k_img)
             made.append((keys, self.split_heads(self.v_img(context.image))))
         if not torch.is_grad_enabled():
-            context.made[self] = tuple(
-                (keys.cpu(), values.cpu()) if context.on_host else (keys, values) for keys, values in made
-            )
+            context.made[self] = tuple(made)
         return tuple(made)
 
 
@@ -254,20 +251,20 @@ class Block(nn.Module):
         """Queries, keys and values [B, L, H, d] of self-attention."""
         shift, scale = self.modulation_rows(time)[:2]
         affine = Affine(self.norm1.eps, scale, shift, time.row, plus=1)
-        _, prepared = self.glue.normed(tokens, None, affine, self.self_attn.q)
-        return self.self_attn.project(prepared, rope)
+        return self.self_attn.project(self.glue.normed(tokens, affine, self.self_attn.q), rope)
 
     def update(self, tokens: Tensor, attended: Tensor, time: TimeEmbedding, context: Context) -> Tensor:
         """Residual stream after the block, given what self-attention gathered, both [B, L, D]."""
         gate, shift, scale, ffn_gate = self.modulation_rows(time)[2:]
         only = time.row.new_zeros(1, 1)  # every token takes the only row of norm3
-        update = Update(self.self_attn.o(attended), gate, time.row)
+        tokens = self.glue.add(tokens, self.self_attn.o, attended, Gate(gate, time.row))
         affine = Affine(self.norm3.eps, self.norm3.weight[None], self.norm3.bias[None], only, plus=0)
-        tokens, prepared = self.glue.normed(tokens, update, affine, self.cross_attn.q)
-        update = Update(self.cross_attn(prepared, context), None, only)
+        gathered = self.cross_attn(self.glue.normed(tokens, affine, self.cross_attn.q), context)
+        tokens = self.glue.add(tokens, self.cross_attn.o, gathered, Gate(None, only))
         affine = Affine(self.norm2.eps, scale, shift, time.row, plus=1)
-        tokens, prepared = self.glue.normed(tokens, update, affine, cast(Consumer, self.ffn[0]))
-        return self.glue.add(tokens, Update(self.ffn(prepared), ffn_gate, time.row))
+        first, gelu, last = cast(tuple[Consumer, nn.Module, Consumer], tuple(self.ffn))
+        hidden = gelu(first(self.glue.normed(tokens, affine, first)))
+        return self.glue.add(tokens, last, hidden, Gate(ffn_gate, time.row))
 
     def modulation_rows(self, time: TimeEmbedding) -> tuple[Tensor, ...]:
         """Shift, scale and gate of self-attention, then of the FFN: six of [n, D], a row per distinct timestep."""
@@ -350,7 +347,6 @@ class DiffusionTransformer(nn.Module):
     def __init__(self, config: TransformerConfig, attention: Attention = AUTO, glue: Glue = PLAIN) -> None:
         super().__init__()
         self.config = config
-        self.context_on_host = False
         self.patch_embedding = PatchEmbedding(config.in_dim, config.dim, config.patch)
         if config.pose:
             self.pose_patch_embedding = PatchEmbedding(config.in_dim, config.dim, config.patch)
@@ -408,7 +404,7 @@ class DiffusionTransformer(nn.Module):
         # zeros before the MLP, which makes its biases' image of them; all rows are attended
         text = self.text_embedding(F.pad(prompt_embeds, (0, 0, 0, missing)))
         image = None if image_embeds is None else self.img_emb(image_embeds)
-        return Context(text, image, on_host=self.context_on_host)
+        return Context(text, image)
 
     def embed_timestep(self, timestep: Tensor, device: torch.device) -> TimeEmbedding:
         """Timesteps [B] or [B, L] -> embeddings of the distinct ones, and the row of each token."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -141,6 +142,7 @@ class Ulysses:
 
     attention: Attention
     team: DeviceTeam
+    dtype: torch.dtype | None = None  # ranks exchange what the linears make
 
     @property
     def name(self) -> str:
@@ -159,6 +161,9 @@ class Ulysses:
         # nobody attends to padding; what padding attends to is dropped at the end
         attended = self.attention(queries, keys[:, : share.length], values[:, : share.length])
         return share.to_tokens(attended)
+
+    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+        return partial(self, keys=keys, values=values)
 
 
 class DeviceTeam:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import nn
 
+from runtime.vram import cap_memory, process_bytes
 from services.denoiser.chunking import run_in_pieces
-from services.denoiser.model import DiffusionTransformer
-from services.denoiser.plan import GIB, DoesNotFit, MemoryPlan, Weights, plan_memory
-from services.denoiser.streaming import of_every_step, of_the_context, of_the_request, stream_weights
+from services.denoiser.glue import PLAIN
+from services.denoiser.model import Block, DiffusionTransformer
+from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, GIB, DoesNotFit, MemoryPlan, Weights, plan_memory
+from services.denoiser.precision import EXACT, set_precision
+from services.denoiser.quantisation import QuantizedWeight
+from services.denoiser.streaming import HostModel, of_every_step, of_the_context, of_the_request, of_the_step
 
 GPU_ONLY, HYBRID, CPU_ONLY = "gpu_only", "hybrid", "cpu_only"
 MEMORY_MODES = (GPU_ONLY, HYBRID, CPU_ONLY)
@@ -34,57 +39,98 @@ class Placement:
         needed = plan_memory(self.weights, self.model.config, tokens, self.budget, cached_branches)
         clip = f"{tokens} tokens" + (" with a step cache" if cached_branches else "")
         advice = f"({self.plan.device_bytes / GIB:.2f} GiB); plan for more when the stage starts"
-        if needed.resident < self.plan.resident:
-            room, placed = needed.resident, self.plan.resident
-            raise DoesNotFit(f"{clip} leave room for {room} blocks on the device where {placed} were placed {advice}")
+        if needed.resident < self.plan.resident or needed.is_whole < self.plan.is_whole:
+            room, placed = (_blocks(plan) for plan in (needed, self.plan))
+            raise DoesNotFit(f"{clip} leave room for {room} on the device where {placed} were placed {advice}")
         at_once = min(self.plan.tokens_at_once or tokens, tokens)
         if 0 < needed.tokens_at_once < at_once:
             raise DoesNotFit(f"{clip} fit {needed.tokens_at_once} at once where {at_once} would be computed {advice}")
 
     def __str__(self) -> str:
-        plan, blocks = self.plan, self.weights.num_blocks
-        pieces = f", {plan.tokens_at_once} tokens at once" if plan.tokens_at_once else ""
-        streamed = f", {plan.streamed_bytes / GIB:.1f} GiB streamed in each pass" if plan.streamed_bytes else ""
-        return f"{plan.resident} of {blocks} blocks on the device{pieces}{streamed}, {plan.device_bytes / GIB:.2f} GiB"
+        return self.plan.words(self.weights.num_blocks)
+
+
+def _blocks(plan: MemoryPlan) -> str:
+    return "all weights" if plan.is_whole else f"{plan.resident} blocks"
 
 
 def place(
-    model: DiffusionTransformer, device: torch.device, budget: int | None, tokens: int, cached_branches: int = 0
+    model: DiffusionTransformer,
+    device: torch.device,
+    budget: int | None,
+    tokens: int,
+    cached_branches: int = 0,
+    precision: str = EXACT,
 ) -> Placement:
-    """Places a model whose weights are in host memory (or, without a budget, on the device already).
+    """Gives a model whose weights are in host memory its precision and places it (without a budget: from anywhere).
+
+    With a budget, the allocator is held to it, and weights go block by block from the file to their place: the process
+    never has them twice.
 
     Args:
-        budget: bytes that the process may use on the device; None: everything goes there.
+        budget: bytes that the process may use on the device, by the driver's count; None: everything goes there.
         tokens: of the longest clip to plan for.
         cached_branches: as of `plan_memory`.
+        precision: of `precision.PRECISIONS`.
 
     Raises:
-        DoesNotFit: no plan is within the budget; the model is as it was then.
+        DoesNotFit: no plan is within the budget; the model cannot be used then.
     """
+    if budget is None:
+        set_precision(model, precision, device)
+        model.to(device)
+        weights = weights_of(model)
+        return Placement(model, weights, plan_memory(weights, model.config, tokens, None, cached_branches), None)
+    cap_memory(device, budget, DEVICE_OVERHEAD_BYTES)
+
+    def prepare(take: Callable[[Block], None]) -> None:
+        set_precision(model, precision, device, take)
+
+    host = HostModel(model, device, prepare)
     weights = weights_of(model)
     plan = plan_memory(weights, model.config, tokens, budget, cached_branches)
-    if plan.resident < weights.num_blocks:
-        stream_weights(model, device, plan.resident)
-    else:
+    if plan.is_whole:
         model.to(device)
+    else:
+        host.stream(plan.resident)
     if plan.tokens_at_once:
         run_in_pieces(model, plan.tokens_at_once)
     return Placement(model, weights, plan, budget)
 
 
+def free_budget(device: torch.device) -> int:
+    """Bytes of a device, by the driver's count, that this process may take where nobody says: what others leave of it,
+    at most the fraction that PyTorch is held to (`vram_fraction`).
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    own = process_bytes(device) or torch.cuda.memory_reserved(device)
+    return min(free + own, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+
+
 def weights_of(model: DiffusionTransformer) -> Weights:
     """Bytes of a model's parts, wherever they are; on the meta device too."""
     blocks = list(model.blocks)
-    parts = of_the_request(model)
-    on_demand = [_size(part) for part in parts]
+    of_step = [_size(part) for part in of_the_step(model)]
+    on_demand = [*of_step, *(_size(part) for part in of_the_request(model))]
+    context = [part for block in blocks for part in of_the_context(block)]
+    of_context = {inner for part in context for inner in part.modules()}
     return Weights(
         block=max(sum(tensor.nbytes for _, _, tensor in of_every_step(block)) for block in blocks),
         context=max(sum(_size(part) for part in of_the_context(block)) for block in blocks),
-        context_linear=max(_size(part) for block in blocks for part in of_the_context(block)),
+        context_linear=max(_size(part) + max(map(_dequantised, part.modules())) for part in context),
         rest=_size(model) - sum(_size(block) for block in blocks) - sum(on_demand),
         on_demand=max(on_demand),
+        on_demand_together=sum(on_demand),
+        each_step=sum(of_step),
+        dequantised=max(_dequantised(part) for block in blocks for part in block.modules() if part not in of_context),
         num_blocks=len(blocks),
+        is_fused=all(isinstance(block, Block) and block.glue is not PLAIN for block in blocks),
     )
+
+
+def _dequantised(module: nn.Module) -> int:
+    """Bytes of what int8 weights become: numbers in the dtype of their scale, before they are scaled and after."""
+    return 2 * module._data.numel() * module.dtype.itemsize if isinstance(module, QuantizedWeight) else 0
 
 
 def _size(module: nn.Module) -> int:

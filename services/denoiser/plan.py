@@ -10,23 +10,31 @@ from dataclasses import dataclass
 from services.denoiser.model import TransformerConfig
 
 GIB = 1024**3
-PIECE_TOKENS = 4096  # shorter pieces cost speed
-SHORTEST_PIECE = 512
+# Tokens that are treated at once, best first. With these the tiles of the int8 products, 128 tokens high, fill the 132
+# processors of an H100 evenly; those of 2048 tokens take a quarter longer for each token, those of 1024 three quarters.
+PIECES = (16896, 4224, 2432, 1664, 768)
 _PLACES = 2  # streaming.PLACES: the block that computes and the next
-# The driver's own: the CUDA context, loaded kernels, and the workspaces of cuBLAS and cuDNN
-DEVICE_OVERHEAD_BYTES = 768 * 1024**2
+# The driver's own: the CUDA context and loaded kernels. 0.74 GiB on an H100 after a forward pass
+DEVICE_OVERHEAD_BYTES = 800 * 1024**2
+# The allocator's besides what is counted: the workspace of cuBLAS (32 MiB), gaps between tensors (61 MiB were seen), inputs
+_GAPS_BYTES = 160 * 1024**2
+_BRANCHES = 2  # of guidance
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a loaded transformer, as the device would hold them."""
+    """Bytes of a loaded transformer, as the device would hold them, and how it computes with them."""
 
     block: int  # of the largest block, without what computes once per request
     context: int  # of a block's linears that compute once per request
-    context_linear: int  # of the largest of these; streamed, they come one by one
+    context_linear: int  # of the largest of these, which come one by one, and of what it is dequantised to
     rest: int  # outside the blocks, always on the device
     on_demand: int  # the largest part outside the blocks that comes for a call
+    on_demand_together: int  # all of these parts
+    each_step: int  # those of them that come in each forward pass
+    dequantised: int  # of what the largest of the other int8 weights become before they are multiplied, if they do
     num_blocks: int
+    is_fused: bool  # whether norms, gates and rotary positions are kernels without intermediates
 
 
 @dataclass(frozen=True)
@@ -34,10 +42,18 @@ class MemoryPlan:
     """What `plan_memory` decided."""
 
     resident: int  # blocks that stay on the device
+    is_whole: bool  # everything stays, what computes once per request or step too
     tokens_at_once: int  # of the token-wise parts; 0: all
     device_bytes: int  # the peak, the driver's own included
     host_bytes: int  # pinned
     streamed_bytes: int  # host to device in each forward pass
+
+    def words(self, num_blocks: int) -> str:
+        """What a log says of it, of a transformer of so many blocks."""
+        pieces = f", {self.tokens_at_once} tokens at once" if self.tokens_at_once else ""
+        streamed = f", {self.streamed_bytes / GIB:.1f} GiB streamed in each pass" if self.streamed_bytes else ""
+        there = f"{self.resident} of {num_blocks} blocks on the device"
+        return f"{there}{pieces}{streamed}, {self.device_bytes / GIB:.2f} GiB"
 
 
 class DoesNotFit(Exception):
@@ -56,58 +72,101 @@ def plan_memory(
     Raises:
         DoesNotFit: even with all blocks streamed and the shortest pieces.
     """
-    whole = weights.num_blocks * (weights.block + weights.context) + weights.rest + weights.on_demand
-    kept = residuals(config, tokens, cached_branches)
-    if budget is None:
-        return MemoryPlan(
-            weights.num_blocks, 0, whole + activations(config, tokens, tokens, cached_branches) + kept, 0, 0
-        )
-    pieces = [piece for piece in (PIECE_TOKENS, PIECE_TOKENS // 2, PIECE_TOKENS // 4, SHORTEST_PIECE) if piece < tokens]
-    for piece in (tokens, *pieces[:1]):  # pieces cost less than streaming, short ones more
-        needed = whole + activations(config, tokens, piece, cached_branches) + kept + DEVICE_OVERHEAD_BYTES
+    for piece in (tokens, *_shorter_pieces(tokens)[:2]):  # long pieces cost less than streaming
+        needed = _whole(weights, config, tokens, piece, cached_branches)
+        if budget is None or needed <= budget:
+            return MemoryPlan(weights.num_blocks, True, 0 if piece == tokens else piece, needed, 0, 0)
+    assert budget is not None
+    for piece in _shorter_pieces(tokens):
+        beside = _beside_blocks(weights, config, tokens, piece, cached_branches)
+        if beside + weights.num_blocks * weights.block <= budget:
+            return _streamed(weights, config, piece, beside, weights.num_blocks)
+        needed = beside + _places(weights)
         if needed <= budget:
-            return MemoryPlan(weights.num_blocks, 0 if piece == tokens else piece, needed, 0, 0)
-    in_turn = _PLACES * weights.block + weights.context_linear + context_keys(config) + weights.rest + kept
-    for piece in pieces or [tokens]:
-        # the timestep's projection comes and goes before there are tokens
-        at_once = max(activations(config, tokens, piece, cached_branches), weights.on_demand)
-        needed = in_turn + at_once + DEVICE_OVERHEAD_BYTES
-        if needed <= budget:
-            return _streamed(weights, config, piece, needed, budget)
+            resident = min((budget - needed) // weights.block, max(0, weights.num_blocks - _PLACES))
+            return _streamed(weights, config, piece, needed, resident)
+    needed = least_bytes(weights, config, tokens, cached_branches)
     raise DoesNotFit(
         f"{tokens} tokens need {needed / GIB:.2f} GiB with every block streamed and the shortest pieces; "
         f"the budget is {budget / GIB:.2f} GiB"
     )
 
 
-def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: int, budget: int) -> MemoryPlan:
-    # a block that stays keeps its linears of the context too
-    each = weights.block + weights.context
-    resident = min((budget - needed) // each, weights.num_blocks - _PLACES)
-    streamed = weights.num_blocks - resident
-    return MemoryPlan(
-        resident=resident,
-        tokens_at_once=piece,
-        device_bytes=needed + resident * each,
-        host_bytes=streamed * each + weights.on_demand + 2 * weights.num_blocks * context_keys(config),
-        streamed_bytes=streamed * weights.block + weights.on_demand + weights.num_blocks * context_keys(config),
+def least_bytes(weights: Weights, config: TransformerConfig, tokens: int, cached_branches: int = 0) -> int:
+    """The smallest budget that there is a plan for: every block streamed, the shortest pieces."""
+    piece = _shorter_pieces(tokens)[-1]
+    return _beside_blocks(weights, config, tokens, piece, cached_branches) + _places(weights)
+
+
+def _shorter_pieces(tokens: int) -> list[int]:
+    return [piece for piece in PIECES if piece < tokens] or [tokens]
+
+
+def _places(weights: Weights) -> int:
+    return min(_PLACES, weights.num_blocks) * weights.block
+
+
+def _whole(weights: Weights, config: TransformerConfig, tokens: int, piece: int, cached_branches: int) -> int:
+    """Bytes with all weights on the device, and the keys and values of the context."""
+    each = weights.block + weights.context + _BRANCHES * context_keys(config)
+    return (
+        weights.num_blocks * each
+        + weights.rest
+        + weights.on_demand_together
+        + activations(weights, config, tokens, piece, cached_branches)
+        + residuals(config, tokens, cached_branches)
+        + DEVICE_OVERHEAD_BYTES
+        + _GAPS_BYTES
     )
 
 
-def activations(config: TransformerConfig, tokens: int, piece: int, cached_branches: int = 0) -> int:
-    """Bytes of a forward pass besides weights: what stands for all tokens, and the intermediates of a piece.
+def _beside_blocks(weights: Weights, config: TransformerConfig, tokens: int, piece: int, cached_branches: int) -> int:
+    """Bytes where blocks are streamed, without them: all else comes when it is called."""
+    return (
+        # the timestep's projection comes and goes before there are tokens
+        max(activations(weights, config, tokens, piece, cached_branches) + context_keys(config), weights.on_demand)
+        + weights.rest
+        + residuals(config, tokens, cached_branches)
+        + DEVICE_OVERHEAD_BYTES
+        + _GAPS_BYTES
+    )
 
-    For all: the residual stream in float32, queries, keys and values in bfloat16, of which the queries' place takes
-    what attention gathers, and the rotary tables. For a piece, at the widest (in the FFN): its norm as int8 and
-    bfloat16, the hidden in bfloat16 and as int8, the output. A step cache ends the pass with the residual stream, the
-    tokens embedded once more, and their parts.
+
+def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: int, resident: int) -> MemoryPlan:
+    streamed = weights.num_blocks - resident
+    keys = weights.num_blocks * context_keys(config)
+    host = streamed * weights.block + weights.num_blocks * weights.context + weights.on_demand_together
+    return MemoryPlan(
+        resident=resident,
+        is_whole=False,
+        tokens_at_once=piece,
+        device_bytes=needed + resident * weights.block,
+        host_bytes=host + _BRANCHES * keys,
+        streamed_bytes=streamed * weights.block + weights.each_step + keys,
+    )
+
+
+def activations(weights: Weights, config: TransformerConfig, tokens: int, piece: int, cached_branches: int = 0) -> int:
+    """Bytes of a forward pass besides what stays: what stands for all tokens, and the intermediates of a piece.
+
+    For all: the residual stream in float32; queries, keys and values in bfloat16, of which the queries' place takes
+    what attention gathers and the others go before the block's second half; and the rotary tables. For a piece, fused:
+    its queries, keys and values once more while they are made, and the norm as int8; in the second half the hidden in
+    bfloat16 and as int8, and at a request's first step what makes keys and values of the context. Not fused: float32
+    intermediates of each. A step cache ends the pass
+    with the residual stream, the tokens embedded once more, and their parts.
     """
-    heads = config.head_dim // 2 * 4 * 2
-    for_all = tokens * (config.dim * (4 + 3 * 2) + heads)
-    of_a_piece = piece * (config.ffn_dim * (2 + 1 + 2) + config.dim * (4 + 2 + 1 + 2 + 4))
+    wide, hidden = config.dim, config.ffn_dim
+    first, second = (7 * wide + 64, 3 * hidden + wide) if weights.is_fused else (28 * wide, 5 * hidden + 13 * wide)
+    tables = config.head_dim // 2 * 4 * 2
+    if piece < tokens:
+        context = weights.context_linear + context_keys(config)
+        at_once = max(tokens * 6 * wide + piece * first, tokens * 2 * wide + piece * second + context)
+    else:  # `Block.forward` keeps queries, keys and values to the end
+        at_once = tokens * (8 * wide + second)
     latents = 16 * 4 * 8 * tokens  # the solver's state and history, 16 channels of 4 pixels a token
-    embedded_again = tokens * (config.dim * 4 * 3 + heads) if cached_branches else 0
-    return max(for_all + of_a_piece, embedded_again) + latents
+    embedded_again = tokens * (wide * 4 * 3 + tables) if cached_branches else 0
+    return max(tokens * (4 * wide + tables) + at_once + weights.dequantised, embedded_again) + latents
 
 
 def residuals(config: TransformerConfig, tokens: int, branches: int) -> int:

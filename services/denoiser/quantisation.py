@@ -68,8 +68,8 @@ class Int8Linear(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def prepare(self, inputs: Tensor) -> Tensor:
-        return inputs.to(self.compute_dtype)
+    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Tensor:
+        return (inputs if also is None else inputs + also).to(self.compute_dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight: Tensor = self.weight()

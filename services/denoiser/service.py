@@ -23,9 +23,9 @@ from runtime.fingerprint import fingerprint
 from runtime.gpu import gate_blocks, raise_if_cancelled
 from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT32, FLOATS, WireTensor, require
-from runtime.torch_stage import compute_dtype, loaded_component
+from runtime.torch_stage import compute_dtype, loaded_component, warming_up
 from runtime.torch_tensors import from_torch, to_torch
-from services.denoiser.attention import AUTO
+from services.denoiser.attention import AUTO, attention_backend
 from services.denoiser.conditioning import Conditioning, animation, seeded_noise
 from services.denoiser.denoise import (
     Expert,
@@ -40,11 +40,17 @@ from services.denoiser.denoise import (
 )
 from services.denoiser.group import Leader, Worker
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
-from services.denoiser.placement import CPU_ONLY, GPU_ONLY, HYBRID, Placement, place
+from services.denoiser.placement import CPU_ONLY, GPU_ONLY, HYBRID, Placement, free_budget, place
 from services.denoiser.plan import DoesNotFit, animation_tokens
-from services.denoiser.precision import arithmetic_of, default_precision, set_precision
+from services.denoiser.precision import (
+    arithmetic_of,
+    attention_of,
+    default_precision,
+    use_attention,
+)
 from services.denoiser.sampling import SOLVERS, Solver, SolverState, make_solver
 from services.denoiser.step_cache import DEFAULT_SPEEDUP, MAG, STEP_CACHES, TEA, StepCache
+from services.denoiser.warm_up import warm_up
 from services.denoiser.weights import load_transformer
 
 _log = logging.getLogger(__name__)
@@ -89,6 +95,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         bundle: Bundle,
         *,
         precision: str = AUTO_PRECISION,
+        attention: str = AUTO.name,
         memory_mode: str = GPU_ONLY,
         vram_bytes: int | None = None,
         step_cache: bool = False,
@@ -96,6 +103,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
     ) -> None:
         """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`. group: None: alone.
 
+        attention: of `attention.BACKENDS`, for attention of the video to itself; `auto`: what the precision stands for.
         step_cache: leaves room for one in the budget of hybrid.
         """
         if bundle.task != "animate":
@@ -107,6 +115,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             runtime.device = "cpu"
         runtime.memory_mode = _MEMORY_MODES[memory_mode]
         self._runtime, self._bundle, self._precision = runtime, bundle, precision
+        self._attention = attention_backend(attention)
         self._memory_mode, self._vram_bytes = memory_mode, vram_bytes
         self._cached_branches = 2 if step_cache else 0
         self._group, self._leader = group, group if isinstance(group, Leader) else None
@@ -134,29 +143,36 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._runtime.components.append(loaded_component(component, self._model))
         if self._precision == AUTO_PRECISION:
             self._precision = default_precision(device)
-        set_precision(self._model, self._precision, device)
         self._runtime.decisive["precision"] = self._precision
-        budget = self._budget(device) if hybrid else None
-        self._placement = place(self._model, device, budget, self._longest(), self._cached_branches)
+        budget = (self._vram_bytes or free_budget(device)) if hybrid else None
+        self._placement = place(
+            self._model, device, budget, self._longest(), self._cached_branches, precision=self._precision
+        )
+        if self._attention is not AUTO:
+            use_attention(self._model, self._attention)
+        with warming_up(self._runtime):
+            self.warm_up()
         check = raise_if_cancelled
         if self._group is not None:
             self._runtime.decisive["ranks"] = str(self._group.place.world_size)
             check = self._group.ready(self._model, f"{fingerprint(component)} {self._computes}")
         gate_blocks(self._model.blocks, device, check)
-        self._runtime.attention_backend = AUTO.name if self._group is None else f"{AUTO.name}+ulysses"
-        _log.info("precision %s: %s; %s", self._precision, arithmetic_of(self._model), self._placement)
+        self._runtime.attention_backend = attention_of(self._model)
+        _log.info(
+            "precision %s: %s, attention %s; %s",
+            self._precision, arithmetic_of(self._model), self._runtime.attention_backend, self._placement,
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Computes something of what an animation of the bundle's size will; of a group, each process by itself."""
+        video = self._bundle.video
+        warm_up(self._model, torch.device(self._runtime.device), video.height, video.width, video.window_frames)
 
     @property
     def _computes(self) -> str:
         """What decides the bits of a result besides parameters and inputs."""
         ranks = "" if self._group is None else f" {self._group.place.world_size} ranks"
-        return f"{self._bundle.revision} {self._precision}{ranks}"
-
-    def _budget(self, device: torch.device) -> int:
-        if self._vram_bytes is not None:
-            return self._vram_bytes
-        free, total = torch.cuda.mem_get_info(device)
-        return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+        return f"{self._bundle.revision} {self._precision} {attention_of(self._model)}{ranks}"
 
     def _longest(self) -> int:
         """Tokens of the longest clip that the bundle has as a default: a window of its size."""

@@ -1,61 +1,48 @@
-"""Weights that live in host memory and come to the device when their turn is near.
+"""A transformer whose weights are in host memory: which of its parts stay on the device, and when the others come.
 
-Each streamed block is one piece of (pinned) host memory and is copied as a whole, on a stream of its own, while the
-block before it computes: two places on the device hold the block that computes and the one after it. What is large and
-used once per request or step (the projections of the context and of the timestep) comes when it is called.
+Blocks that do not stay are streamed, one ahead of the one that computes. What computes once per request or step (the
+projections of the context and of the timestep) comes when it is called. The keys and values of the context, which are
+made once per request, wait in host memory and come while their block's self-attention computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from services.denoiser.model import Block, DiffusionTransformer
+from runtime.mapped import MappedPages
+from runtime.pinned import pinned_memory
+from runtime.streaming import (
+    Piece,
+    Undo,
+    Weight,
+    bring_for_calls,
+    into_host_memory,
+    size_of,
+    stream_blocks,
+    undoing,
+    weights_of,
+    with_hooks,
+)
+from services.denoiser.model import Block, Context, CrossAttention, DiffusionTransformer
 
-PLACES = 2
-_ALIGNMENT = 256  # bytes: what kernels that load vectors ask of a tensor's address
-Undo = Callable[[], None]
-
-
-def stream_weights(model: DiffusionTransformer, device: torch.device, resident: int) -> Undo:
-    """Moves a model that is loaded in host memory to where it computes, with `resident` blocks on the device for good.
-
-    The blocks that stay are spread evenly, so that the copies go on at an even rate. Returns what takes the hooks off.
-
-    Raises:
-        ValueError: `resident` is not 0 to the number of blocks.
-    """
-    blocks = list(model.blocks)
-    if not 0 <= resident <= len(blocks):
-        raise ValueError(f"resident must be 0 to {len(blocks)}, got {resident}")
-    staying = {index * len(blocks) // resident for index in range(resident)}
-    streamed = [block for index, block in enumerate(blocks) if index not in staying]
-    undo: list[Undo] = []
-    for module in [*of_the_request(model), *(part for block in streamed for part in of_the_context(block))]:
-        undo.append(_on_demand(module, device))
-    streamer = BlockStreamer(streamed, device)
-    undo += [_hooked(block, streamer, index) for index, block in enumerate(streamed)]
-    for index in staying:
-        blocks[index].to(device)
-    for name in ("patch_embedding", "pose_patch_embedding", "time_embedding", "head"):
-        if hasattr(model, name):
-            model.get_submodule(name).to(device)
-    model.context_on_host = bool(streamed)
-
-    def undo_all() -> None:
-        for each in undo:
-            each()
-
-    return undo_all
+Pairs = tuple[tuple[Tensor, Tensor], ...]
+_ALWAYS_THERE = ("patch_embedding", "pose_patch_embedding", "head")
 
 
 def of_the_request(model: DiffusionTransformer) -> list[nn.Module]:
-    """Large parts outside the blocks that compute once per request or step."""
-    return [model.text_embedding, model.time_projection, *([model.img_emb] if hasattr(model, "img_emb") else [])]
+    """Large parts outside the blocks that compute once per request."""
+    return [model.text_embedding, *([model.img_emb] if hasattr(model, "img_emb") else [])]
+
+
+def of_the_step(model: DiffusionTransformer) -> list[nn.Module]:
+    """Large parts outside the blocks that compute once per step, for a timestep or two."""
+    return [model.time_embedding, model.time_projection]
 
 
 def of_the_context(block: nn.Module) -> list[nn.Module]:
@@ -64,143 +51,172 @@ def of_the_context(block: nn.Module) -> list[nn.Module]:
     return [getattr(block.cross_attn, name) for name in ("k", "v", "k_img", "v_img") if hasattr(block.cross_attn, name)]
 
 
-def of_every_step(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """All other weights of a block: whose they are, their name there, and they themselves."""
-    apart = {inner for module in of_the_context(block) for inner in module.modules()}
-    return list(_weights(block, apart))
-
-
-class Piece:
-    """Weights moved into one piece of host memory; their modules use views of it, or of a copy."""
-
-    def __init__(self, weights: Sequence[tuple[nn.Module, str, Tensor]], device: torch.device) -> None:
-        self._parts: list[_Part] = []
-        self.size = 0
-        for owner, name, tensor in weights:
-            self._parts.append(_Part(owner, name, self.size, tensor.shape, tensor.dtype))
-            self.size += _aligned(tensor.nbytes)
-        # pinned: only then does a copy to the device go on by itself
-        self.host = torch.empty(self.size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        for part, (_, _, tensor) in zip(self._parts, weights, strict=True):
-            part.view(self.host).copy_(tensor)
-        self.use(self.host)
-
-    def use(self, piece: Tensor) -> None:
-        """Makes the modules' weights views of `piece`, which holds the same bytes as `host` or will."""
-        for part in self._parts:
-            part.assign(part.view(piece))
+def of_every_step(block: nn.Module) -> list[Weight]:
+    """All other weights of a block."""
+    return list(weights_of(block, apart=of_the_context(block)))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One tensor of a module, and where it lies in its piece."""
+class HostBlock:
+    """A block whose weights are in host memory."""
 
-    owner: nn.Module
-    name: str
-    offset: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def view(self, piece: Tensor) -> Tensor:
-        size = self.shape.numel() * self.dtype.itemsize
-        return piece[self.offset : self.offset + size].view(self.dtype).view(self.shape)
-
-    def assign(self, value: Tensor) -> None:
-        if self.name in self.owner._parameters:
-            self.owner._parameters[self.name] = nn.Parameter(value, requires_grad=False)
-        else:
-            self.owner._buffers[self.name] = value
+    block: Block
+    every_step: Piece
+    context: tuple[tuple[nn.Module, Piece], ...]  # of each linear that computes once per request
 
 
-class BlockStreamer:
-    """Brings blocks to the device, one ahead of the one that computes.
+class HostModel:
+    """A transformer whose large parts are in pinned host memory.
 
     Args:
-        blocks: in the order in which they are called, over and over.
-        device: a CUDA device, or the CPU, where copies are made at once.
+        model: loaded; what is small outside the blocks stays where it is until `stream`.
+        device: where it will compute.
+        prepare: is called once with a function that is to be given each block when its weights are what they are going
+            to be, wherever they are; so that they go from file to host memory block by block.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self._pieces = [Piece(of_every_step(block), device) for block in blocks]
+    def __init__(
+        self,
+        model: DiffusionTransformer,
+        device: torch.device,
+        prepare: Callable[[Callable[[Block], None]], None] | None = None,
+    ) -> None:
+        self._model, self._device = model, device
+        self.blocks: list[HostBlock] = []
+        mapped = {block: MappedPages([*block.parameters(), *block.buffers()]) for block in model.blocks}
+
+        def take(block: Block) -> None:
+            self.blocks.append(_taken(block, device))
+            mapped[block].drop()
+
+        if prepare is None:
+            for block in model.blocks:
+                assert isinstance(block, Block)
+                take(block)
+        else:
+            prepare(take)
+        parts = [*of_the_request(model), *of_the_step(model)]
+        self._on_demand = [(part, into_host_memory(part, device)) for part in parts]
+
+    def stream(self, resident: int) -> Undo:
+        """Brings the model to where it computes, with `resident` blocks on the device for good.
+
+        The blocks that stay are spread evenly, so that the copies go on at an even rate. Returns what takes the hooks
+        off; once, as host memory of the blocks that stay is given back.
+
+        Raises:
+            ValueError: `resident` is not 0 to the number of blocks.
+        """
+        count = len(self.blocks)
+        if not 0 <= resident <= count:
+            raise ValueError(f"resident must be 0 to {count}, got {resident}")
+        staying = {index * count // resident for index in range(resident)}
+        for index in staying:
+            piece = self.blocks[index].every_step
+            piece.use(piece.host.to(self._device))  # and the host memory goes with the piece
+        streamed = [host for index, host in enumerate(self.blocks) if index not in staying]
+        undo = [stream_blocks([(host.block, host.every_step) for host in streamed], self._device)]
+        parts = [*self._on_demand, *(part for host in self.blocks for part in host.context)]
+        undo += [bring_for_calls(module, piece, self._device) for module, piece in parts]
+        keys = ContextKeys(self._device)
+        undo += [keys.attach(host.block) for host in self.blocks]
+        for name in _ALWAYS_THERE:
+            if hasattr(self._model, name):
+                self._model.get_submodule(name).to(self._device)
+        self.blocks, self._on_demand = [], []
+        return undoing(undo)
+
+
+def stream_weights(model: DiffusionTransformer, device: torch.device, resident: int) -> Undo:
+    """`HostModel.stream` of a loaded model."""
+    return HostModel(model, device).stream(resident)
+
+
+class ContextKeys:
+    """Keys and values of the context: made once per request, then in host memory; on the device for their block.
+
+    One place on the device is enough, as a block's self-attention takes longer than the copy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        largest = max((piece.size for piece in self._pieces), default=0)
-        self._places = [
-            torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(PLACES, len(self._pieces)))
-        ]
-        self._held: list[int | None] = [None] * len(self._places)
-        self._ready: list[torch.cuda.Event | None] = [None] * len(self._places)
+        self._ready: torch.cuda.Event | None = None
+        self._place: Tensor | None = None
+        self._request: Context | None = None  # what the block was given
 
-    def before(self, index: int) -> None:
-        """The block's weights are on the device when what is queued from now on runs."""
-        if index not in self._held:
-            self._load(index, 0)  # the first call, or the first after a run that was cancelled half-way
-        place = self._held.index(index)
-        if (ready := self._ready[place]) is not None:
-            torch.cuda.current_stream(self._device).wait_event(ready)
-        self._pieces[index].use(self._places[place])
+    def attach(self, block: Block) -> Undo:
+        """Gives a block, whenever it is called, a context that has its keys on the device."""
 
-    def after(self, index: int) -> None:
-        """The block has been queued: once it has run its place is free for the one after the next."""
-        self._pieces[index].use(self._pieces[index].host)
-        for ahead in range(1, len(self._places) + 1):
-            following = (index + ahead) % len(self._pieces)
-            if following not in self._held:
-                self._load(following, self._held.index(index))
-                return
+        def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            tokens, time, context, rope = arguments
+            self._request = context
+            return tokens, time, self._brought(block.cross_attn, context), rope
 
-    def _load(self, index: int, place: int) -> None:
-        piece = self._pieces[index]
-        target = self._places[place][: piece.size]
-        self._held[place] = index
+        def after(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+            if self._request is not None and block.cross_attn not in self._request.made:
+                made = arguments[2].made.get(block.cross_attn)
+                if made is not None:
+                    self._request.made[block.cross_attn] = self._kept(made)
+            self._request = None
+
+        def wait(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if self._ready is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._ready)
+
+        return undoing([with_hooks(block, before, after), block.cross_attn.register_forward_pre_hook(wait).remove])
+
+    def _brought(self, layer: CrossAttention, context: Context) -> Context:
+        if layer not in context.made:
+            return replace(context, made={})
+        kept = context.made[layer]
+        place = self._place_for(kept)
         if self._copying is None:
-            target.copy_(piece.host)
-            return
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))  # what still uses the place runs first
-        with torch.cuda.stream(self._copying):
-            target.copy_(piece.host, non_blocking=True)
-            self._ready[place] = self._copying.record_event()
+            _copy(kept, place)
+        else:
+            self._copying.wait_stream(torch.cuda.current_stream(self._device))  # the block before uses the place
+            with torch.cuda.stream(self._copying):
+                _copy(kept, place)
+                self._ready = self._copying.record_event()
+        return replace(context, made={layer: place})
+
+    def _place_for(self, kept: Pairs) -> Pairs:
+        size, dtype = _numel(kept), kept[0][0].dtype
+        if self._place is None or len(self._place) < size or self._place.dtype != dtype:
+            self._place = torch.empty(size, dtype=dtype, device=self._device)
+        return _like(kept, self._place)
+
+    def _kept(self, made: Pairs) -> Pairs:
+        """In pinned host memory, which PyTorch keeps for the next request."""
+        host = torch.empty(_numel(made), dtype=made[0][0].dtype, pin_memory=self._device.type == "cuda")
+        kept = _like(made, host)
+        _copy(made, kept)
+        return kept
 
 
-def _on_demand(module: nn.Module, device: torch.device) -> Undo:
-    """Keeps a module's weights in host memory and copies them for each call."""
-    piece = Piece(list(_weights(module, set())), device)
-
-    def before(module: nn.Module, arguments: Any) -> None:
-        piece.use(piece.host.to(device, non_blocking=True))
-
-    def after(module: nn.Module, arguments: Any, output: Any) -> None:
-        piece.use(piece.host)
-
-    return _with_hooks(module, before, after)
+def _numel(pairs: Pairs) -> int:
+    return sum(tensor.numel() for pair in pairs for tensor in pair)
 
 
-def _hooked(block: nn.Module, streamer: BlockStreamer, index: int) -> Undo:
-    def before(module: nn.Module, arguments: Any) -> None:
-        streamer.before(index)
-
-    def after(module: nn.Module, arguments: Any, output: Any) -> None:
-        streamer.after(index)
-
-    return _with_hooks(block, before, after)
+def _like(pairs: Pairs, memory: Tensor) -> Pairs:
+    """Tensors of the same shapes, one after another in `memory`."""
+    shapes = [tensor.shape for pair in pairs for tensor in pair]
+    ends = list(accumulate(shape.numel() for shape in shapes))
+    views = [memory[end - shape.numel() : end].view(shape) for shape, end in zip(shapes, ends, strict=True)]
+    return tuple(zip(views[::2], views[1::2], strict=True))
 
 
-def _with_hooks(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> Undo:
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+def _copy(source: Pairs, target: Pairs) -> None:
+    for one, other in zip(source, target, strict=True):
+        for tensor, place in zip(one, other, strict=True):
+            place.copy_(tensor, non_blocking=True)
 
 
-def _weights(module: nn.Module, apart: set[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for owner in module.modules():
-        if owner not in apart:
-            tensors = {**owner._parameters, **owner._buffers}
-            yield from ((owner, name, tensor) for name, tensor in tensors.items() if tensor is not None)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+def _taken(block: Block, device: torch.device) -> HostBlock:
+    """A block's weights in two pieces of host memory, so that the one of every step can be given back alone."""
+    linears = of_the_context(block)
+    weights = [list(weights_of(linear)) for linear in linears]
+    parts = torch.split(pinned_memory(sum(map(size_of, weights)), device), [size_of(each) for each in weights])
+    context = [(linear, Piece(each, part)) for linear, each, part in zip(linears, weights, parts, strict=True)]
+    every_step = of_every_step(block)
+    return HostBlock(block, Piece(every_step, pinned_memory(size_of(every_step), device)), tuple(context))

@@ -7,11 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.denoiser.glue import PLAIN, Affine, Consumer, Glue, Prepared, Update
+from services.denoiser.fp8_attention import FP8
+from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, Prepared
 from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
 from services.denoiser.rope import Rope
+from services.denoiser.triton_fp8 import e4m3
 from services.denoiser.triton_int8 import TritonArithmetic
-from services.denoiser.triton_rows import SMALLEST_GROUP, quantized, row_grid, row_shape, row_warps, sylvester, turned
+from services.denoiser.triton_rows import (
+    SMALLEST_GROUP,
+    quantized,
+    row_grid,
+    row_shape,
+    row_strides,
+    row_warps,
+    sign_tile,
+    sylvester,
+    turned,
+)
 
 # Four programs on each processor, so that some load while others reduce (benchmarks/kernels.py --tune)
 NORM_WARPS, NORM_REGISTERS = 4, 128
@@ -22,37 +34,42 @@ class TritonGlue:
 
     name = "triton"
 
-    def normed(self, tokens: Tensor, update: Update | None, affine: Affine, to: Consumer) -> tuple[Tensor, Prepared]:
-        if not _fits(to):
-            return PLAIN.normed(tokens, update, affine, to)
-        # The update as a kernel of its own: within the norm's it needs registers that hold more programs otherwise
-        tokens = tokens.contiguous() if update is None else self.add(tokens, update)
-        return tokens, _normed(tokens, affine, to)
+    def normed(self, tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
+        return _normed(tokens.contiguous(), affine, to) if _fits(to) else PLAIN.normed(tokens, affine, to)
 
-    def turn(self, projected: Tensor, eps: float, weight: Tensor, num_heads: int, rope: Rope | None) -> Tensor:
+    def turn(
+        self,
+        projected: Tensor,
+        eps: float,
+        weight: Tensor,
+        num_heads: int,
+        rope: Rope | None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         batch, length, dim = projected.shape
         width = dim // num_heads
         if width & (width - 1):
-            return PLAIN.turn(projected, eps, weight, num_heads, rope)
+            return PLAIN.turn(projected, eps, weight, num_heads, rope, dtype)
         flat = projected.flatten(0, 1).contiguous()
-        output = torch.empty_like(flat)
+        output = torch.empty_like(flat, dtype=dtype or flat.dtype)
         cos, sin = (rope.cos, rope.sin) if rope is not None else (weight, weight)
         padded = triton.next_power_of_2(num_heads)
         _turn_kernel[row_grid(flat)](
             flat, weight, cos, sin, output, len(flat), length, eps,
-            HEADS=num_heads, PADDED=padded, WIDTH=width, ROPE=rope is not None, num_warps=row_warps(padded * width),
+            HEADS=num_heads, PADDED=padded, WIDTH=width, ROPE=rope is not None, FP8=dtype == FP8,
+            num_warps=row_warps(padded * width),
         )  # fmt: skip
         return output.view(batch, length, num_heads, width)
 
-    def add(self, tokens: Tensor, update: Update) -> Tensor:
-        flat, values = tokens.contiguous().flatten(0, 1), update.values.contiguous()
-        dim = flat.shape[1]
-        _add_kernel[(len(flat),)](
-            flat, values, values if update.gate is None else update.gate.contiguous(), update.row, dim,
-            tokens.shape[1], *_row_strides(update.row), GATED=update.gate is not None,
-            BLOCK=triton.next_power_of_2(dim), num_warps=8,
-        )  # fmt: skip
-        return flat.view(tokens.shape)
+    def add(self, tokens: Tensor, linear: Consumer, inputs: Prepared, gate: Gate) -> Tensor:
+        tokens = tokens.contiguous()
+        if isinstance(linear, TurnedInt8Linear) and isinstance(linear.arithmetic, TritonArithmetic):
+            numbers = inputs if isinstance(inputs, Int8Tokens) else linear.prepare(inputs)
+            bias = linear.get_buffer("bias")
+            linear.arithmetic.add_product(tokens, numbers, linear.data, linear.scale, bias, gate.factor, gate.row)
+            return tokens
+        _add(tokens, linear(inputs).contiguous(), gate)
+        return tokens
 
 
 def _fits(to: Consumer) -> bool:
@@ -71,7 +88,7 @@ def _normed(tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
     scale = torch.empty(len(flat), device=flat.device, dtype=torch.float32)
     _norm_kernel[row_grid(flat)](
         flat, affine.factor.contiguous(), affine.addend.contiguous(), affine.row, output, scale,
-        sylvester(columns, flat.device), len(flat), tokens.shape[1], *_row_strides(affine.row), affine.eps,
+        sylvester(columns, flat.device), len(flat), tokens.shape[1], *row_strides(affine.row), affine.eps,
         float(affine.plus), GROUPS=groups, PADDED=padded, COLUMNS=columns, QUANTIZE=quantize,
         num_warps=NORM_WARPS, maxnreg=NORM_REGISTERS, num_stages=1,
     )  # fmt: skip
@@ -80,10 +97,13 @@ def _normed(tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
     return output.view(tokens.shape)
 
 
-def _row_strides(row: Tensor) -> tuple[int, int]:
-    """Steps of `row` [B or 1, L or 1] from one sample, and from one token, to the next."""
-    batch, length = row.shape
-    return (0 if batch == 1 else row.stride(0)), (0 if length == 1 else row.stride(1))
+def _add(tokens: Tensor, values: Tensor, gate: Gate) -> None:
+    """tokens += gate * values."""
+    rows, dim = tokens.flatten(0, 1).shape
+    _add_kernel[(rows,)](
+        tokens, values, values if gate.factor is None else gate.factor.contiguous(), gate.row, dim, tokens.shape[1],
+        *row_strides(gate.row), GATED=gate.factor is not None, BLOCK=triton.next_power_of_2(dim), num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -96,6 +116,7 @@ def _norm_kernel(
     group = tl.arange(0, PADDED)[:, None]
     place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = group < GROUPS
+    signs = sign_tile(matrix, COLUMNS, QUANTIZE)
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         start = tl.cast(token, tl.int64) * WIDTH
         values = tl.load(x + start + place, mask=inside, other=0.0)
@@ -107,7 +128,7 @@ def _norm_kernel(
         values = values * (plus + tl.load(factor + mine + place, mask=inside, other=0.0))
         values = values + tl.load(addend + mine + place, mask=inside, other=0.0)
         if QUANTIZE:
-            numbers, step = quantized(turned(values, matrix, COLUMNS))
+            numbers, step = quantized(turned(values, signs, COLUMNS))
             tl.store(output + start + place, numbers, mask=inside)
             tl.store(scale + token, step)
         else:
@@ -117,7 +138,7 @@ def _norm_kernel(
 @triton.jit
 def _turn_kernel(
     x, weight, cos, sin, output, tokens, length, eps,
-    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """RMS norm over all heads of a token; ROPE: then its pairs turned by the token's angles."""
     head = tl.arange(0, PADDED)[:, None]
@@ -134,7 +155,10 @@ def _turn_kernel(
             c, s = tl.load(cos + angle), tl.load(sin + angle)
             even, odd = tl.split(tl.reshape(values, (PADDED, WIDTH // 2, 2)))
             values = tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (PADDED, WIDTH))
-        tl.store(output + start + place, values.to(output.dtype.element_ty), mask=inside)
+        if FP8:
+            tl.store(output + start + place, e4m3(values), mask=inside)
+        else:
+            tl.store(output + start + place, values.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit

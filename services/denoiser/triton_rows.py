@@ -36,6 +36,12 @@ def row_grid(rows: Tensor) -> tuple[int]:
     return (min(len(rows), processors * _PROGRAMS_PER_PROCESSOR),)
 
 
+def row_strides(row: Tensor) -> tuple[int, int]:
+    """Steps of a table's `row` [B or 1, L or 1] from one sample, and from one token, to the next."""
+    batch, length = row.shape
+    return (0 if batch == 1 else row.stride(0)), (0 if length == 1 else row.stride(1))
+
+
 def row_warps(numbers: int) -> int:
     """Warps for a tile of so many numbers."""
     return 8 if numbers > 8192 else 4
@@ -51,10 +57,18 @@ def sylvester(order: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def turned(values, matrix, COLUMNS: tl.constexpr):
+def sign_tile(matrix, COLUMNS: tl.constexpr, TURN: tl.constexpr):
+    """`sylvester`, loaded once by a kernel that turns many tokens."""
+    if TURN:
+        place = tl.arange(0, COLUMNS)
+        return tl.load(matrix + place[:, None] * COLUMNS + place[None, :])
+    else:  # Triton compiles only the branch that is taken
+        return matrix
+
+
+@triton.jit
+def turned(values, signs, COLUMNS: tl.constexpr):
     """values [groups, COLUMNS] float32, rounded to bfloat16 and turned: float32."""
-    place = tl.arange(0, COLUMNS)
-    signs = tl.load(matrix + place[:, None] * COLUMNS + place[None, :])
     return tl.dot(values.to(tl.bfloat16), signs) * (1.0 / tl.sqrt(COLUMNS * 1.0))
 
 
@@ -62,7 +76,7 @@ def turned(values, matrix, COLUMNS: tl.constexpr):
 def quantized(values):
     """A row [groups, columns] float32 -> its int8 numbers and its scale."""
     step = tl.maximum(tl.max(tl.max(tl.abs(values), axis=1), axis=0), _SMALLEST) / _HIGHEST
-    return tl.floor(values / step + 0.5).to(tl.int8), step
+    return tl.floor(values * (1.0 / step) + 0.5).to(tl.int8), step
 
 
 assert LARGEST_GROUP >= SMALLEST_GROUP

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -11,20 +12,23 @@ import torch
 
 from bunraku.errors import NotThereYet
 from bunraku.v1 import encoder_pb2 as pb
-from bunraku.v1 import encoder_pb2_grpc
+from bunraku.v1 import encoder_pb2_grpc, stage_pb2
 from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
 from runtime.stage import StageRuntime
 from runtime.tensors import UINT8, require
-from runtime.torch_stage import compute_dtype, loaded_component, require_finite
+from runtime.torch_stage import compute_dtype, loaded_component, require_finite, warming_up
 from runtime.torch_tensors import from_torch, to_torch
 from services.encoder import image, text
 from services.encoder.image import ImageEncoder, Preprocessing
+from services.encoder.placement import place_encoders
 from services.encoder.text import EncodedPrompts, TextEncoder
 from services.encoder.weights import load_image_encoder, load_text_encoder
 
+_log = logging.getLogger(__name__)
 MAX_PROMPT_CHARACTERS = 10_000
 _MAX_SIDE = 4096
+_WARM_UP_PROMPT, _WARM_UP_SIDE = "a person dances", 64
 _RESIZE: dict[int, Preprocessing] = {
     pb.ImageResize.IMAGE_RESIZE_LANCZOS: "wan2gp",
     pb.ImageResize.IMAGE_RESIZE_BICUBIC: "official",
@@ -38,10 +42,14 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     full_name = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 
-    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+    def __init__(self, runtime: StageRuntime, bundle: Bundle, *, vram_bytes: int | None = None) -> None:
+        """vram_bytes: that the process may use of its GPU; None: all that there is."""
         if bundle.quirks.image_resize not in _RESIZE_OF_BUNDLE:
             raise BundleError(f"bundle {bundle.name}: image_resize {bundle.quirks.image_resize} is not known")
         self._runtime, self._bundle = runtime, bundle
+        self._vram_bytes = vram_bytes if runtime.device.startswith("cuda") else None
+        # a large picture takes 0.5 GB while it is made smaller
+        self._pictures_on = torch.device(runtime.device if self._vram_bytes is None else "cpu")
         self._text: TextEncoder
         self._image: dict[Preprocessing, ImageEncoder] = {}
 
@@ -51,9 +59,28 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
     def load(self) -> None:
         device = torch.device(self._runtime.device)
         dtype = compute_dtype(device)
-        self._load_text(device, dtype)
+        home = device if self._vram_bytes is None else torch.device("cpu")
+        self._load_text(home, dtype)
         if "image_encoder" in self._bundle.components:
-            self._load_image(device, dtype)
+            self._load_image(home, dtype)
+        self._runtime.memory_mode = stage_pb2.MEMORY_MODE_GPU_ONLY
+        if self._vram_bytes is not None:
+            self._place(device, self._vram_bytes)
+        with warming_up(self._runtime):
+            self.warm_up()
+
+    def _place(self, device: torch.device, budget: int) -> None:
+        image_model = next((encoder.model for encoder in self._image.values()), None)
+        plan = place_encoders(self._text.model, image_model, self._text.config, device, budget)
+        if not plan.is_whole:
+            self._runtime.memory_mode = stage_pb2.MEMORY_MODE_HYBRID
+        _log.info("%s", plan)
+
+    def warm_up(self) -> None:
+        """Encodes a prompt and a picture."""
+        self._text.encode([_WARM_UP_PROMPT])
+        for encoder in self._image.values():
+            encoder.encode([torch.zeros(_WARM_UP_SIDE, _WARM_UP_SIDE, 3, dtype=torch.uint8, device=self._pictures_on)])
 
     def _load_text(self, device: torch.device, dtype: torch.dtype) -> None:
         component = self._bundle.component("text_encoder")
@@ -107,9 +134,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
         checks.done()
         encoder = self._image[_RESIZE.get(resize, _RESIZE_OF_BUNDLE[self._bundle.quirks.image_resize])]
         embeds = await self._runtime.gpu.run(
-            lambda: require_finite(
-                "image_embeds", encoder.encode([to_torch(picture).to(self._runtime.device)]).to("cpu")
-            )
+            lambda: require_finite("image_embeds", encoder.encode([to_torch(picture).to(self._pictures_on)]).to("cpu"))
         )
         for message in self._runtime.send(pb.EncodeImageResponse, [from_torch("image_embeds", embeds)], context):
             yield message

@@ -170,8 +170,10 @@ def test_programs_of_a_system_get_their_settings(tmp_path: Path) -> None:
         devices={"vae": "cuda:1"},
         grace_s=3,
         otlp_endpoint="http://collector:4317",
+        environments={"denoiser": {"BUNRAKU_VRAM": "4GiB"}},
     )
     *stages, gateway = system_programs(settings)
+    assert [stage.environment.get("BUNRAKU_VRAM") for stage in stages] == [None, None, "4GiB", None]
     assert [stage.name for stage in stages] == ["encoder", "pose", "denoiser", "vae"]
     assert stages[2].command[1:] == ("-m", "services.denoiser")
     assert stages[2].service == "bunraku.v1.DenoiserService"

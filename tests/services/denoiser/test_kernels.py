@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from services.denoiser import glue
-from services.denoiser.glue import Affine, Update
+from services.denoiser.glue import Affine, Gate
 from services.denoiser.int8 import PLAIN, Arithmetic, Int8Tokens, TurnedInt8Linear
 from services.denoiser.model import Linear
 from services.denoiser.precision import has_kernels
@@ -51,6 +51,8 @@ def assert_same_numbers(ours: glue.Prepared, expected: glue.Prepared) -> None:
 def test_tokens_are_quantised_to_the_same_numbers(group: int) -> None:
     tokens = random(B, L, D, dtype=torch.bfloat16)
     assert_same_numbers(triton_arithmetic().quantize(tokens, group), PLAIN.quantize(tokens, group))
+    also = random(B, L, D, dtype=torch.bfloat16)
+    assert_same_numbers(triton_arithmetic().quantize(tokens, group, also), PLAIN.quantize(tokens, group, also))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -65,29 +67,44 @@ def test_products_are_the_same(k: int, n: int, gelu: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [(B, L), (B, 1), (1, 1), (1, L)], ids=str)
-def test_norms_with_and_without_an_update_are_the_same(rows: tuple[int, int]) -> None:
-    tokens, values = random(B, L, D), random(B, L, D, dtype=torch.bfloat16)
-    shift, scale, gate = random(3, 3, D)
-    row = torch.randint(0, 3, rows, device=DEVICE)
-    linear = Linear(D, 64).to(DEVICE)
+def test_norms_are_the_same(rows: tuple[int, int]) -> None:
+    tokens, row = random(B, L, D), torch.randint(0, 3, rows, device=DEVICE)
+    shift, scale = random(2, 3, D)
+    ours, plain = both(Linear(D, 64).to(DEVICE))
+    affine = Affine(1e-6, scale, shift, row, plus=1)
+    assert_same_numbers(triton_glue().normed(tokens, affine, ours), glue.PLAIN.normed(tokens, affine, plain))
+
+
+@pytest.mark.parametrize("rows", [(B, L), (B, 1), (1, 1), (1, L)], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("width", [256, 512])
+def test_products_are_added_alike(rows: tuple[int, int], gated: bool, width: int) -> None:
+    tokens, inputs = random(B, L, D), random(B, L, width, dtype=torch.bfloat16)
+    count = 1 if rows == (1, 1) else 3
+    row = torch.randint(0, count, rows, device=DEVICE)
+    gate = Gate(random(count, D) if gated else None, row)
+    linear = Linear(width, D).to(DEVICE)
+    for linears in (both(linear), (linear.bfloat16(),) * 2):
+        expected = glue.PLAIN.add(tokens, linears[1], inputs, gate)
+        ours = triton_glue().add(tokens.clone(), linears[0], inputs, gate)
+        torch.testing.assert_close(ours, expected, rtol=2**-7, atol=2**-6)
+
+
+def both(linear: Linear) -> tuple[TurnedInt8Linear, TurnedInt8Linear]:
+    """The layer in int8, by kernels and without."""
     ours, plain = (
         TurnedInt8Linear(linear, arithmetic, input_is_turned=False, group=128, gelu=False)
         for arithmetic in (triton_arithmetic(), PLAIN)
     )
-    for update in (None, Update(values, gate, row), Update(values, None, row)):
-        affine = Affine(1e-6, scale, shift, row, plus=1)
-        moved, prepared = triton_glue().normed(tokens.clone(), update, affine, ours)
-        expected_moved, expected = glue.PLAIN.normed(tokens, update, affine, plain)
-        torch.testing.assert_close(moved, expected_moved)
-        assert_same_numbers(prepared, expected)
+    return ours, plain
 
 
 def test_norms_for_a_layer_in_bfloat16_are_the_same() -> None:
     tokens, row = random(B, L, D), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     affine = Affine(1e-6, random(1, D), random(1, D), row, plus=0)
     linear = Linear(D, 64).to(DEVICE, torch.bfloat16)
-    _, ours = triton_glue().normed(tokens, None, affine, linear)
-    _, expected = glue.PLAIN.normed(tokens, None, affine, linear)
+    ours = triton_glue().normed(tokens, affine, linear)
+    expected = glue.PLAIN.normed(tokens, affine, linear)
     assert isinstance(ours, Tensor)
     torch.testing.assert_close(ours, expected)
 

@@ -27,5 +27,5 @@ def test_balanced_without_kernels_computes_the_same_arithmetic_in_plain_operatio
 
 
 def test_a_precision_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="exact, balanced, got best"):
+    with pytest.raises(ValueError, match="exact, balanced, fast, got best"):
         set_precision(transformer(SCAIL), "best")
