@@ -8,9 +8,10 @@ IMAGE ?= examples/jumps.png
 DRIVING ?= examples/jumps.mp4
 PROMPT ?= a person in a green shirt and yellow trousers jumps, snow is falling
 OUTPUT ?= demo.mp4
-# `make parity GOLDENS=directory MANIFESTS=directory`
+# `make parity GOLDENS=directory MANIFESTS=directory DEVICE=cuda`
 GOLDENS ?= tests/goldens
 MANIFESTS ?=
+DEVICE ?= cpu
 
 .PHONY: setup protos demo test test-slow quality check format parity certs clean
 
@@ -54,7 +55,7 @@ format: .venv/ready
 	ruff check --fix .
 
 parity: $(STUBS)
-	$(RUN) -m tests.parity $(GOLDENS) $(if $(MANIFESTS),--manifests $(MANIFESTS))
+	$(RUN) -m tests.parity $(GOLDENS) --device $(DEVICE) $(if $(MANIFESTS),--manifests $(MANIFESTS))
 
 # certificates for mutual TLS on a machine of one's own: `bunraku serve --certificates certs`
 certs: .venv/ready

@@ -184,6 +184,17 @@ def test_a_pod_is_given_the_time_that_its_processes_take_to_drain(manifests: tup
         assert container.pod["terminationGracePeriodSeconds"] >= needed_s, container.name
 
 
+def test_compiled_kernels_are_on_disk_and_outlive_their_container(manifests: tuple[Manifest, ...]) -> None:
+    found = re.search(r"TRITON_CACHE_DIR=(\S+)", (ROOT / "docker" / "Dockerfile").read_text())
+    assert found is not None
+    for container in containers(manifests):
+        [name] = [
+            each["name"] for each in container.spec["volumeMounts"] if found[1].startswith(each["mountPath"] + "/")
+        ]
+        [volume] = [each for each in container.pod["volumes"] if each["name"] == name]
+        assert "medium" not in volume["emptyDir"]
+
+
 def test_the_gateway_is_patient_for_as_long_as_a_stage_may_load(manifests: tuple[Manifest, ...]) -> None:
     found = {container.name: container for container in containers(manifests)}
     patience_s = float(found["gateway"].environment["BUNRAKU_STAGE_PATIENCE_S"])

@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def normals(name: str, shape: Sequence[int]) -> np.ndarray:
     """Standard normal float32 numbers that depend on `name` alone."""
@@ -44,10 +46,11 @@ def recipe_weight(name: str, shape: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One case, read lazily."""
+    """One case, read lazily; `device` is where its inputs and weights are given."""
 
     name: str
     directory: Path
+    device: torch.device = CPU
 
     @cached_property
     def spec(self) -> dict[str, Any]:
@@ -73,10 +76,13 @@ class Case:
 
     def weights(self, prefix: str = "") -> dict[str, Tensor]:
         """The case's weights under their official names; `prefix` goes into the recipe name only."""
-        return {name: recipe_weight(prefix + name, shape) for name, shape in self.spec["weights"]}
+        return {name: recipe_weight(prefix + name, shape).to(self.device) for name, shape in self.spec["weights"]}
 
     def input(self, name: str) -> Tensor:
         """A stored input, or the one made from its name (raw normals, or the transform that the case states)."""
+        return self._made(name).to(self.device)
+
+    def _made(self, name: str) -> Tensor:
         if f"in.{name}" in self.stored:
             return self.stored[f"in.{name}"]
         described = self.spec["inputs"][name]
@@ -118,7 +124,7 @@ class Comparison:
             )
         if tuple(self.actual.shape) != tuple(self.expected.shape):
             return False, f"shape {tuple(self.actual.shape)} != {tuple(self.expected.shape)}"
-        actual, expected = self.actual.detach().double(), self.expected.double()
+        actual, expected = self.actual.detach().cpu().double(), self.expected.cpu().double()
         if actual.numel() == 0:
             return False, "nothing to compare"
         difference = (actual - expected).abs()

@@ -90,7 +90,7 @@ class Intermediates:
             yield Comparison.within(name, actual, expected, case.tolerance)
 
 
-@family("dit-t2v", "dit-ti2v", "dit-i2v", "dit-i2v21", "dit-i2v22")
+@family("dit-t2v", "dit-ti2v", "dit-i2v", "dit-i2v21", "dit-i2v22", on_any_device=True)
 def transformer(case: Case) -> Iterator[Comparison]:
     model = transformer_of(case)
     intermediates = Intermediates(model)
@@ -100,7 +100,7 @@ def transformer(case: Case) -> Iterator[Comparison]:
         latents = case.input(f"x{number}")
         if f"y{number}" in case.spec["inputs"]:
             latents = torch.cat((latents, case.input(f"y{number}")))
-        rope = text_to_video(latents.shape[1:], model.config.head_dim).rope
+        rope = text_to_video(latents.shape[1:], model.config.head_dim, case.device).rope
         timestep = timesteps_of(case, index, len(rope.cos))
         context = model.embed_context(case.input(f"context{number}")[None], image_embeds_of(case, model, index))
         velocity = model(latents[None], timestep, context, rope)
@@ -128,7 +128,7 @@ def timesteps_of(case: Case, index: int, tokens: int) -> Tensor:
     return torch.tensor([stated[min(index, len(stated) - 1)] if isinstance(stated, list) else stated])
 
 
-@family("dit-scail")
+@family("dit-scail", on_any_device=True)
 def scail_transformer(case: Case) -> Iterator[Comparison]:
     model = transformer_of(case)
     intermediates = Intermediates(model)
@@ -232,7 +232,7 @@ family("sampler-dpmpp")(partial(sampler, "dpm++"))
 family("sampler-euler")(partial(sampler, "euler"))
 
 
-@family("e2e-t2v")
+@family("e2e-t2v", on_any_device=True)
 def text_to_video_loop(case: Case) -> Iterator[Comparison]:
     call = case.call
     boundary = call.get("boundary")
@@ -246,7 +246,7 @@ def text_to_video_loop(case: Case) -> Iterator[Comparison]:
             Expert(transformer_of(case, "low_noise_model."), guidance["low"]),
         ]
     noise = case.input("noise")[None]
-    conditioning = text_to_video(noise.shape[2:], experts[0].model.config.head_dim)
+    conditioning = text_to_video(noise.shape[2:], experts[0].model.config.head_dim, case.device)
     prompt = Prompt(case.input("context")[None], case.input("context_null")[None])
     solver = solver_of(case)
     velocities = recorded_velocities(solver)
@@ -256,7 +256,7 @@ def text_to_video_loop(case: Case) -> Iterator[Comparison]:
     yield Comparison.within("velocity", torch.cat(velocities), case.expected("velocity"), case.tolerance)
 
 
-@family("e2e-scail")
+@family("e2e-scail", on_any_device=True)
 def animation_loop(case: Case) -> Iterator[Comparison]:
     model = transformer_of(case)
     noise = case.input("noise")

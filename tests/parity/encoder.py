@@ -14,20 +14,18 @@ from tests.parity.cases import Case, Comparison
 from tests.parity.families import family
 from tests.parity.manifests import manifest
 
-CPU = torch.device("cpu")
 
-
-@family("umt5")
+@family("umt5", on_any_device=True)
 def umt5(case: Case) -> Iterator[Comparison]:
     """Hidden states of the tokens; rows of padding are not compared (here they are zero)."""
     config = TextEncoderConfig(**case.config)
-    model = text_model(case.weights(), config, device=CPU, dtype=torch.float32, source=case.name)
+    model = text_model(case.weights(), config, device=case.device, dtype=torch.float32, source=case.name)
     mask = case.input("mask")
     hidden = model(case.input("ids"), mask)
     for name in case.expected_names():
         expected = case.expected(name)
         # stored either for every row of the batch, or for its tokens only
-        tokens = expected[mask.bool()] if expected.shape == hidden.shape else expected
+        tokens = expected[mask.bool().cpu()] if expected.shape == hidden.shape else expected
         yield Comparison.within(name, hidden[mask.bool()], tokens, case.tolerance)
 
 
@@ -37,7 +35,7 @@ def text_clean(case: Case) -> Iterator[Comparison]:
         yield Comparison(ascii(raw), clean_prompt(raw), cleaned)
 
 
-@family("clip-visual")
+@family("clip-visual", on_any_device=True)
 def clip_visual(case: Case) -> Iterator[Comparison]:
     """The official preprocessing of each picture, then the features of the last block but one."""
     settings = case.config
@@ -52,7 +50,7 @@ def clip_visual(case: Case) -> Iterator[Comparison]:
         norm_eps=settings["norm_eps"],
         preprocessing="official",
     )
-    model = image_model(case.weights(), config, device=CPU, dtype=torch.float32, source=case.name)
+    model = image_model(case.weights(), config, device=case.device, dtype=torch.float32, source=case.name)
     # a picture is stored as a video of one frame, [3, 1, H, W]
     pixels = torch.stack([preprocess(case.input(name)[:, 0], config) for name in case.spec["inputs"]])
     actual = {"preprocessed": pixels, "features": model(pixels)}

@@ -30,7 +30,7 @@ FIELD = "crop_model.heatmap_head.weight_field."
 NUMBER = r"-?\d+(?:\.\d+)?"
 
 
-@family("nlf-backbone")
+@family("nlf-backbone", on_any_device=True)
 def backbone(case: Case) -> Iterator[Comparison]:
     """The features, and the mean size of what each stage gives."""
     settings = case.config
@@ -40,7 +40,9 @@ def backbone(case: Case) -> Iterator[Comparison]:
         )
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in features.state_dict().items()}
-    weights = {name: recipe_weight(f"crop_model.backbone.1.{name}", shape) for name, shape in shapes.items()}
+    weights = {
+        name: recipe_weight(f"crop_model.backbone.1.{name}", shape).to(case.device) for name, shape in shapes.items()
+    }
     load_weights(features, weights, source=case.name)
     features.eval()
     x = case.input("crop")

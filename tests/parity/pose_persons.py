@@ -28,21 +28,19 @@ from tests.parity.cases import Case, Comparison, recipe_weight
 from tests.parity.families import family
 from tests.parity.manifests import manifest
 
-CPU = torch.device("cpu")
 
-
-@family("sam")
+@family("sam", on_any_device=True)
 def sam(case: Case) -> Iterator[Comparison]:
     """A picture's embedding; and for every prompt its tokens, masks, scores, and the best mask at the picture's size."""
     weights = case.weights()
-    model = segmenter_model(weights, segmenter_config(case.config, weights), device=CPU, source=case.name)
+    model = segmenter_model(weights, segmenter_config(case.config, weights), device=case.device, source=case.name)
     embedding = model.embed(case.input("image"))
     actual = {"embedding": embedding}
     scaled, size = (tuple(case.call[name]) for name in ("input_size", "original_size"))
     for index, prompt in enumerate(case.call["prompts"]):
-        points = torch.tensor(prompt["points"] or [], dtype=torch.float32).view(-1, 2)
-        labels = torch.tensor(prompt["labels"] or [], dtype=torch.int64)
-        box = None if prompt["box"] is None else torch.tensor(prompt["box"])
+        points = torch.tensor(prompt["points"] or [], dtype=torch.float32, device=case.device).view(-1, 2)
+        labels = torch.tensor(prompt["labels"] or [], dtype=torch.int64, device=case.device)
+        box = None if prompt["box"] is None else torch.tensor(prompt["box"], device=case.device)
         logits, scores = model.masks(embedding, points, labels, box)
         full = model.full_size(logits[scores.argmax()][None], scaled, size)[0]
         actual |= {
@@ -80,14 +78,14 @@ def mostly_equal(name: str, actual: Tensor, expected: Tensor, rule: str) -> Comp
     limit = re.search(r"at most (\d+(?:\.\d+)?)% of the pixels differ", rule)
     if limit is None or actual.shape != expected.shape:
         raise ValueError(f"{name}: {list(actual.shape)} against {list(expected.shape)}, by the rule {rule!r}")
-    differing = (actual.bool() != expected.bool()).double().mean()
+    differing = (actual.bool().cpu() != expected.bool()).double().mean()
     return Comparison(name, differing[None], torch.zeros(1), atol=float(limit[1]) / 100)
 
 
-@family("sam2")
+@family("sam2", on_any_device=True)
 def sam2(case: Case) -> Iterator[Comparison]:
     """The masks of every frame, and their logits in some."""
-    network = sam2_network(case.weights(), sam2_config(case.config), device=CPU, source=case.name)
+    network = sam2_network(case.weights(), sam2_config(case.config), device=case.device, source=case.name)
     frames = case.input("frames").permute(0, 2, 3, 1)
     prompts = [
         PersonPrompt(tuple(prompt["box"]), tuple((x, y) for x, y in prompt["points"]))
@@ -122,7 +120,7 @@ def sam2_config(settings: Mapping[str, Any]) -> Sam2Config:
     )
 
 
-@family("matanyone")
+@family("matanyone", on_any_device=True)
 def matanyone(case: Case) -> Iterator[Comparison]:
     """The mattes of every step, the decoder's output before its limits, and values at their first use."""
     actual = clip_values(case)
@@ -137,7 +135,8 @@ def clip_values(case: Case) -> dict[str, Tensor]:
     if settings["flip_aug"] or not settings["single_object"]:
         raise ValueError("one person at a time is followed here, without test-time augmentation")
     frames, mask = case.input("frames") / 255, case.input("mask") / 255
-    clip = Propagation(matanyone_of(settings["model"], case.name), propagation_config(settings), frames[0], mask[None])
+    network = matanyone_of(settings["model"], case.name, case.device)
+    clip = Propagation(network, propagation_config(settings), frames[0], mask[None])
     scales = dict(zip(("f16", "f8", "f4", "f2", "f1"), clip.seen.scales, strict=True))
     middle = {
         "pix_feat": clip.seen.pixels,
@@ -173,12 +172,12 @@ def propagation_config(settings: Mapping[str, Any]) -> PropagationConfig:
     )
 
 
-def matanyone_of(settings: Mapping[str, Any], source: str) -> MatAnyone:
+def matanyone_of(settings: Mapping[str, Any], source: str, device: torch.device) -> MatAnyone:
     """The network of these sizes with the weights that its names give."""
     config = matanyone_config(settings)
     expected = build_on_meta(lambda: MatAnyone(config)).state_dict()
     weights = {name: recipe_weight(name, tensor.shape) for name, tensor in expected.items()}
-    return matanyone_network(weights, config, device=CPU, source=source)
+    return matanyone_network(weights, config, device=device, source=source)
 
 
 @manifest("sam_vit_h_4b8939.pth", "sam_vit_h-transformers")

@@ -40,7 +40,7 @@ def vae_of(case: Case) -> Vae:
     return vae.eval()
 
 
-@family("vae21", "vae22")
+@family("vae21", "vae22", on_any_device=True)
 def vae(case: Case) -> Iterator[Comparison]:
     """Every stored `encodeN` and `decodeN`; N names the input, `videoN` or `latentN`."""
     model = vae_of(case)
