@@ -24,7 +24,7 @@ from services.encoder.text import TextEncoderConfig
 from services.encoder.weights import image_weights, text_weights
 from services.vae.model import Vae
 from training.conditions import Learners
-from training.write_tiny_bundle import Shapes, image_encoder_shapes, random_tensor, save, text_encoder_shapes
+from training.random_bundle import Shapes, image_encoder_shapes, random_tensor, save, text_encoder_shapes
 
 _LEARNT = ("transformer", "text_encoder", "image_encoder")
 Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]

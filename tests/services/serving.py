@@ -26,7 +26,7 @@ from runtime.server import Service, StageServer
 from runtime.shared_memory import SharedMemory
 from runtime.stage import Limits, StageRuntime
 from runtime.tensors import WireTensor
-from training.write_tiny_bundle import write_image_encoder, write_text_encoder, write_transformer, write_vae
+from training.random_bundle import write_image_encoder, write_text_encoder, write_transformer, write_vae
 
 S = TypeVar("S", bound=Service)
 STUBS: dict[str, Callable[..., Any]] = {

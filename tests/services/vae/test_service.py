@@ -33,7 +33,7 @@ from services.vae.plan import Tiling
 from services.vae.service import VaeService, dtype_of
 from services.vae.tiles import Cut, cut_of
 from tests.services.serving import Served, serving, until
-from training.write_tiny_bundle import write_vae
+from training.random_bundle import write_vae
 
 # height and width differ, so that a mix-up cannot fit
 HEIGHT, WIDTH = 32, 16
