@@ -6,6 +6,7 @@ import asyncio
 import os
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from runtime.tensors import FLOAT32, WireTensor
 from runtime.torch_tensors import from_torch, to_torch
 from services.encoder import image, text
 from services.encoder.image import ImageEncoder, Preprocessing
+from services.encoder.placement import least_bytes, weights_of
 from services.encoder.service import EncoderService
 from services.encoder.weights import load_image_encoder, load_text_encoder
 from tests.services.serving import Answers, Served, serving
@@ -246,3 +248,32 @@ async def test_status_tells_of_both_models(bundle: Bundle) -> None:
     assert (of_text.parameters, of_text.dtype) == (sum(weight.numel() for weight in weights), "float32")
     assert of_text.size_bytes == 4 * of_text.parameters
     assert of_image.parameters > 10_000
+
+
+async def test_on_a_cpu_there_is_no_vram_to_keep_to(bundle: Bundle) -> None:
+    async with serving("encoder", partial(EncoderService, vram_bytes=1), bundle) as encoder:  # type: ignore[abstract]
+        assert encoder.runtime.memory_mode == stage_pb2.MEMORY_MODE_GPU_ONLY
+        await encode_text(encoder, "a red jacket")
+
+
+async def test_layers_that_do_not_fit_are_streamed_and_give_the_same_embeddings(bundle: Bundle) -> None:
+    class Streamed(EncoderService):
+        """As on a GPU that is too small."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self._vram_bytes, self._pictures_on = 0, CPU
+
+        def _place(self, device: torch.device, budget: int) -> None:
+            weights = weights_of(self._text.model, self._image["wan2gp"].model)
+            super()._place(device, least_bytes(weights, self._text.config))
+
+    def make(*given: Any) -> EncoderService:
+        return Streamed(*given)  # type: ignore[abstract]  # no EncodeAudio yet
+
+    async with serving("encoder", make, bundle) as encoder:
+        assert encoder.runtime.memory_mode == stage_pb2.MEMORY_MODE_HYBRID
+        for _ in range(2):
+            [embeds] = (await encode_text(encoder, "a red jacket")).tensors
+            assert torch.equal(to_torch(embeds), prompt_embeds(bundle, "a red jacket"))
+            assert torch.equal(await encode_image(encoder), image_embeds(bundle, "official"))
