@@ -35,13 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.denoiser import GIB, timed
 from benchmarks.precision import clocks
+from runtime.budget import DoesNotFit
 from runtime.vram import Peak, cap_memory
 from runtime.weights import build_on_meta
 from services.vae.channels_last import best_glue, walk_channels_last
 from services.vae.convolution import Convolution, Form, arranged, best_form
 from services.vae.glue import PLAIN, Glue
 from services.vae.model import PRESETS, CausalConv3d, Past, Vae, VaeConfig, from_uint8, to_uint8
-from services.vae.plan import WHOLE, Direction, DoesNotFit, Machine, Tiling, plan_tiles
+from services.vae.plan import WHOLE, Direction, Machine, Tiling, plan_tiles
 from services.vae.transfer import OneBehind, to_device
 from services.vae.weights import diffusers_name
 

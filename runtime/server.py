@@ -26,6 +26,8 @@ from bunraku.errors import BunrakuError, NotThereYet, StageBroken, to_status
 from bunraku.tls import NO_TLS, TlsFiles
 from bunraku.v1 import stage_pb2, stage_pb2_grpc
 from runtime import telemetry
+from runtime.budget import DoesNotFit
+from runtime.bundles import BundleError
 from runtime.stage import StageRuntime, StageServicer, State
 from runtime.tensors import deserializer, serialize
 
@@ -358,8 +360,9 @@ async def _until_ended(loading: asyncio.Task[None], stop: asyncio.Event, runtime
     broken = asyncio.create_task(runtime.broken.wait())
     try:
         await asyncio.wait({loading, stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done() and loading.exception() is not None:
-            _log.error("%s: %s", runtime.stage, loading.exception(), exc_info=loading.exception())
+        if loading.done() and (error := loading.exception()) is not None:
+            says_enough = isinstance(error, BundleError | DoesNotFit)  # what to change; where in the code is no help
+            _log.error("%s: %s", runtime.stage, error, exc_info=None if says_enough else error)
             return 1
         await asyncio.wait({stopped, broken}, return_when=asyncio.FIRST_COMPLETED)
         if broken.done():

@@ -76,10 +76,11 @@ def _show_denoiser(bundle: Bundle, clip: Clip, budget: int | None, precision: Pl
     from rich.console import Console
 
     from bunraku.cli.display import write_table
+    from runtime.budget import DoesNotFit
     from runtime.bundles import configuration
     from services.denoiser.model import PRESETS, TransformerConfig
     from services.denoiser.placement import weights_of
-    from services.denoiser.plan import DoesNotFit, animation_tokens, plan_memory
+    from services.denoiser.plan import animation_tokens, plan_memory
     from services.denoiser.weights import unloaded_transformer
 
     component = bundle.component("transformer")
@@ -105,7 +106,7 @@ def _show_encoder(bundle: Bundle, budget: int | None) -> None:
 
     from bunraku.cli.display import write_table
     from bunraku.cli.plan_device import EncoderDemand
-    from services.encoder.placement import DoesNotFit
+    from runtime.budget import DoesNotFit
 
     demand = EncoderDemand(bundle)
     least, enough = (-(-size // GIB) for size in (demand.least, demand.enough))
@@ -124,7 +125,8 @@ def _show_all(bundle: Bundle, clip: Clip, budget: int | None) -> None:
     from rich.console import Console
 
     from bunraku.cli.display import write_table
-    from bunraku.cli.plan_device import DoesNotFit, device_shares
+    from bunraku.cli.plan_device import device_shares
+    from runtime.budget import DoesNotFit
 
     typer.echo(
         f"{bundle.name}: {clip.width}x{clip.height}, {clip.num_frames} frames, all stages on one GPU; "
@@ -152,7 +154,8 @@ def _show_all(bundle: Bundle, clip: Clip, budget: int | None) -> None:
 
 
 def _row(weights: Weights, config: TransformerConfig, tokens: int, gibibytes: int, branches: int) -> list[str]:
-    from services.denoiser.plan import DoesNotFit, plan_memory
+    from runtime.budget import DoesNotFit
+    from services.denoiser.plan import plan_memory
 
     try:
         found = plan_memory(weights, config, tokens, gibibytes * GIB, branches)

@@ -15,14 +15,12 @@ if TYPE_CHECKING:
     from runtime.bundles import Bundle
     from services.vae.plan import Tiling
 
+from runtime.budget import DoesNotFit
+
 GIB = 1024**3
 # Of the pose stage, which has no plan of its own: context, weights of 0.6 GB, workspaces. An allowance, not measured
 POSE_BYTES = 3 * GIB
 _PLENTY = 1024 * GIB
-
-
-class DoesNotFit(Exception):
-    """The stages need more than the device has; the message has the numbers of each."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +170,6 @@ class _Vae:
         )
 
     def share(self, vram_bytes: int) -> Share:
-        from services.vae import plan
-
-        try:
-            encoding, decoding = self._tilings(vram_bytes)
-        except plan.DoesNotFit as error:
-            raise DoesNotFit(str(error)) from error
+        encoding, decoding = self._tilings(vram_bytes)
         host = max(encoding.host_bytes, decoding.host_bytes)
         return Share("vae", vram_bytes, f"encode: {encoding}; decode: {decoding}", host)

@@ -20,9 +20,10 @@ def show_vae(bundle: Bundle, width: int, height: int, vram_bytes: int | None) ->
     from rich.console import Console
 
     from bunraku.cli.display import write_table
+    from runtime.budget import DoesNotFit
     from runtime.bundles import configuration
     from services.vae.model import PRESETS, VaeConfig
-    from services.vae.plan import CLIPS_AT_A_TIME, DoesNotFit, Machine
+    from services.vae.plan import CLIPS_AT_A_TIME, Machine
 
     config = configuration(bundle.component("vae"), PRESETS, VaeConfig)
     side = config.pixels_per_latent
@@ -42,7 +43,7 @@ def show_vae(bundle: Bundle, width: int, height: int, vram_bytes: int | None) ->
 
 
 def _row(machine: Machine, height: int, width: int, budget: int) -> list[str]:
-    from services.vae.plan import DoesNotFit
+    from runtime.budget import DoesNotFit
 
     try:
         return [_described(tiling) for tiling in _tilings(machine, height, width, budget)]

@@ -76,7 +76,8 @@ def serve(
 def _within(vram: str, bundle: Path, models: Path | None) -> dict[str, Mapping[str, str]]:
     """Settings by which each stage keeps to its share of a GPU. Raises BadParameter where the shares are too small."""
     from bunraku.cli.plan import parsed_bytes
-    from bunraku.cli.plan_device import Clip, DoesNotFit, device_shares
+    from bunraku.cli.plan_device import Clip, device_shares
+    from runtime.budget import DoesNotFit
     from runtime.bundles import load_bundle
 
     found = load_bundle(bundle, models)

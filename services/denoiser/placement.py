@@ -9,11 +9,12 @@ from itertools import chain
 import torch
 from torch import nn
 
+from runtime.budget import DoesNotFit
 from runtime.vram import cap_memory, process_bytes
 from services.denoiser.chunking import run_in_pieces
 from services.denoiser.glue import PLAIN
 from services.denoiser.model import Block, DiffusionTransformer
-from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, GIB, DoesNotFit, MemoryPlan, Weights, plan_memory
+from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, GIB, MemoryPlan, Weights, plan_memory
 from services.denoiser.precision import EXACT, set_precision
 from services.denoiser.quantisation import QuantizedWeight
 from services.denoiser.streaming import HostModel, of_every_step, of_the_context, of_the_request, of_the_step

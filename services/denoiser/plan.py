@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.budget import DoesNotFit
 from services.denoiser.model import TransformerConfig
 
 GIB = 1024**3
@@ -54,10 +55,6 @@ class MemoryPlan:
         streamed = f", {self.streamed_bytes / GIB:.1f} GiB streamed in each pass" if self.streamed_bytes else ""
         there = f"{self.resident} of {num_blocks} blocks on the device"
         return f"{there}{pieces}{streamed}, {self.device_bytes / GIB:.2f} GiB"
-
-
-class DoesNotFit(Exception):
-    """No plan is within the budget; the message has the numbers."""
 
 
 def plan_memory(

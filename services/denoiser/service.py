@@ -17,6 +17,7 @@ from bunraku.errors import InvalidRequest, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
 from bunraku.v1 import denoiser_pb2_grpc, stage_pb2
 from runtime import telemetry
+from runtime.budget import DoesNotFit
 from runtime.bundles import Bundle, BundleError, configuration, require_files
 from runtime.checks import Checks
 from runtime.fingerprint import fingerprint
@@ -41,7 +42,7 @@ from services.denoiser.denoise import (
 from services.denoiser.group import Leader, Worker
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
 from services.denoiser.placement import CPU_ONLY, GPU_ONLY, HYBRID, Placement, free_budget, place
-from services.denoiser.plan import DoesNotFit, animation_tokens
+from services.denoiser.plan import animation_tokens
 from services.denoiser.precision import (
     arithmetic_of,
     attention_of,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime.budget import DoesNotFit
 from runtime.streaming import PLACES, into_host_memory, stream_blocks, with_hooks
 from runtime.vram import cap_memory
 from services.encoder.image import ImageModel
@@ -24,10 +25,6 @@ GIB = 1024**3
 DEVICE_OVERHEAD_BYTES = 800 * 1024**2
 # The allocator's besides what is counted: the workspace of cuBLAS (32 MiB) and gaps between tensors
 _GAPS_BYTES = 128 * 1024**2
-
-
-class DoesNotFit(Exception):
-    """No plan is within the budget; the message has the numbers."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from runtime.budget import DoesNotFit
 from runtime.vram import OVERHEAD_BYTES as DEVICE_OVERHEAD_BYTES
 from runtime.weights import build_on_meta
 from services.vae.channels_last import ChooseForm, Walk, use_walk
@@ -85,10 +86,6 @@ class Machine:
         """What is taken before the first clip."""
         overhead = DEVICE_OVERHEAD_BYTES if self.device_type == "cuda" else _HOST_OVERHEAD_BYTES
         return weight_bytes(self.config, self.dtype) + overhead
-
-
-class DoesNotFit(Exception):
-    """No tiling keeps within the budget; the message has the numbers."""
 
 
 def plan_tiles(machine: Machine, direction: Direction, height: int, width: int, budget: int, clips: int = 1) -> Tiling:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bunraku.errors import InvalidRequest, NotThereYet, OutOfMemory
 from bunraku.v1 import vae_pb2 as pb
 from bunraku.v1 import vae_pb2_grpc
+from runtime.budget import DoesNotFit
 from runtime.bundles import Bundle, configuration, require_files
 from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
@@ -27,7 +28,7 @@ from services.vae.channels_last import best_glue, walk_channels_last
 from services.vae.color import match_colors
 from services.vae.glue import PLAIN
 from services.vae.model import PRESETS, Past, Vae, VaeConfig, from_uint8, to_uint8
-from services.vae.plan import WHOLE, Direction, DoesNotFit, Machine, Tiling, plan_tiles
+from services.vae.plan import WHOLE, Direction, Machine, Tiling, plan_tiles
 from services.vae.transfer import OneBehind, to_device
 from services.vae.warm_up import warm_up
 from services.vae.weights import load_vae

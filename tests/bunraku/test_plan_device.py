@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bunraku.cli import app, plan_device
-from bunraku.cli.plan_device import GIB, POSE_BYTES, Clip, DoesNotFit, Share, device_shares
+from bunraku.cli.plan_device import GIB, POSE_BYTES, Clip, Share, device_shares
 from bunraku.cli.serve import _within
+from runtime.budget import DoesNotFit
 from runtime.bundles import load_bundle
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"

@@ -138,6 +138,7 @@ async def test_a_bundle_that_does_not_fit_ends_a_stage_with_a_reason(bundle: Bun
         returncode, log = await lacking.ended()
         assert returncode == 1, log
         assert f"transformer: not there: {incomplete / 'transformer.safetensors'}" in log
+        assert "Traceback" not in log  # what is missing is all that there is to say
         returncode, log = await surplus.ended()
         assert returncode == 1, log
         assert "vae.pth does not fit Vae: 1 unknown (decoder.surplus.weight)" in log

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.budget import DoesNotFit
 from runtime.mapped import MappedPages
 from services.denoiser import placement, streaming
 from services.denoiser.model import Block, DiffusionTransformer
 from services.denoiser.placement import free_budget, place, weights_of
-from services.denoiser.plan import GIB, DoesNotFit, plan_memory
+from services.denoiser.plan import GIB, plan_memory
 from services.denoiser.precision import BALANCED, EXACT, set_precision
 from services.denoiser.quantisation import block_linears, quantize_state_dict, write_quanto
 from services.denoiser.weights import load_transformer

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.budget import DoesNotFit
 from services.denoiser.model import PRESETS, DiffusionTransformer
 from services.denoiser.placement import Placement
 from services.denoiser.plan import (
     GIB,
-    DoesNotFit,
     Weights,
     activations,
     animation_tokens,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bunraku.errors import DeadlineExceeded, InvalidRequest, NotReady, StageBroken, WrongState
 from bunraku.v1 import denoiser_pb2 as pb
 from bunraku.v1 import stage_pb2
+from runtime.budget import DoesNotFit
 from runtime.bundles import Bundle, BundleError, configuration
 from runtime.gpu import WorkCancelled, raise_if_cancelled
 from runtime.tensors import FLOAT32, UINT8, WireTensor
@@ -29,7 +30,7 @@ from services.denoiser.conditioning import animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, TransformerConfig
 from services.denoiser.placement import weights_of
-from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, DoesNotFit, animation_tokens, plan_memory
+from services.denoiser.plan import DEVICE_OVERHEAD_BYTES, animation_tokens, plan_memory
 from services.denoiser.sampling import SOLVERS, make_solver
 from services.denoiser.service import DenoiserService, Plan
 from services.denoiser.weights import load_transformer

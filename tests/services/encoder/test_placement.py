@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.budget import DoesNotFit
 from runtime.weights import build_on_meta
 from services.encoder.image import PRESETS as IMAGE_PRESETS
 from services.encoder.image import ImageEncoder, ImageModel
 from services.encoder.placement import (
     GIB,
-    DoesNotFit,
     EncoderPlan,
     _look_up_in_host_memory,
     activations,

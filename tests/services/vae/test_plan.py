@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.budget import DoesNotFit
 from services.vae import plan
 from services.vae.channels_last import walk_channels_last
 from services.vae.hosting import HostedPast
 from services.vae.model import PRESETS, Grid, Vae
-from services.vae.plan import GIB, WHOLE, Direction, DoesNotFit, Machine, Tiling, plan_tiles, weight_bytes
+from services.vae.plan import GIB, WHOLE, Direction, Machine, Tiling, plan_tiles, weight_bytes
 from tests.services.vae.test_model import CONFIGS
 
 H100 = Machine(PRESETS["wan2.1"], torch.float16, "cuda", is_fused=True)
