@@ -14,7 +14,7 @@ import torch
 
 from services.denoiser import triton_glue
 from services.denoiser.fp8_attention import FP8
-from services.denoiser.glue import Affine
+from services.denoiser.glue import Affine, HeadNorm
 from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
 from services.denoiser.model import Linear
 from services.denoiser.rope import Rope
@@ -59,8 +59,8 @@ def glue_kernels(tokens: int) -> list[tuple[str, Callable[[], object], float]]:
     held = centred(heads)
     return [
         ("norm, modulate, turn, int8", lambda: glue.normed(stream, affine, linear), 5 * size),
-        ("RMS norm and rotary positions", lambda: glue.turn(values, 1e-6, rows[0], HEADS, rope), 4 * size),
-        ("the same, to 8-bit floats", lambda: glue.turn(values, 1e-6, rows[0], HEADS, rope, FP8), 3 * size),
+        ("RMS norm and rotary positions", lambda: glue.turn(values, HeadNorm(1e-6, rows[0], HEADS), rope), 4 * size),
+        ("the same, to 8-bit floats", lambda: glue.turn(values, HeadNorm(1e-6, rows[0], HEADS, FP8), rope), 3 * size),
         ("values less their mean, to 8-bit floats", lambda: centred(heads), 5 * size),
         ("what 8-bit attention gathered, with the mean", lambda: restored(held.data, held, torch.bfloat16), 3 * size),
     ]

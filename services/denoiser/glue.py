@@ -59,6 +59,16 @@ class Gate:
     row: Tensor  # [B or 1, L or 1] int64, below n
 
 
+@dataclass(frozen=True)
+class HeadNorm:
+    """What makes queries and keys of what was projected: RMS norm over all heads at once."""
+
+    eps: float
+    weight: Tensor  # [D] float32
+    num_heads: int
+    dtype: torch.dtype | None = None  # of the result; None: as it came
+
+
 class Glue(Protocol):
     """Tokens are the residual stream, [B, L, D] float32."""
 
@@ -73,16 +83,8 @@ class Glue(Protocol):
         """tokens + gate * linear(inputs). May write into `tokens`."""
         ...
 
-    def turn(
-        self,
-        projected: Tensor,
-        eps: float,
-        weight: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """RMS norm over all heads at once, then rotary positions: [B, L, D] -> [B, L, H, d] of `dtype`, or the same."""
+    def turn(self, projected: Tensor, norm: HeadNorm, rope: Rope | None) -> Tensor:
+        """The norm, then rotary positions if there are any: [B, L, D] -> [B, L, H, d]."""
         ...
 
 
@@ -100,18 +102,11 @@ class PlainGlue:
         values = linear(inputs)
         return tokens + values if gate.factor is None else torch.addcmul(tokens, gate.factor[gate.row], values)
 
-    def turn(
-        self,
-        projected: Tensor,
-        eps: float,
-        weight: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        heads = torch.unflatten(F.rms_norm(projected.float(), weight.shape, weight, eps), -1, (num_heads, -1))
+    def turn(self, projected: Tensor, norm: HeadNorm, rope: Rope | None) -> Tensor:
+        normed = F.rms_norm(projected.float(), norm.weight.shape, norm.weight, norm.eps)
+        heads = torch.unflatten(normed, -1, (norm.num_heads, -1))
         turned = heads if rope is None else rotate(heads, rope)
-        return as_fp8(turned) if dtype == FP8 else turned.to(dtype or projected.dtype)
+        return as_fp8(turned) if norm.dtype == FP8 else turned.to(norm.dtype or projected.dtype)
 
 
 PLAIN: Glue = PlainGlue()

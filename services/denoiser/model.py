@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from services.denoiser.attention import AUTO, Attention
-from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, Prepared
+from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, HeadNorm, Prepared
 from services.denoiser.rope import Rope
 
 _CLIP_EPS = 1e-5  # the image projection keeps PyTorch's default where the blocks have 1e-6
@@ -173,7 +173,7 @@ class AttentionLayer(nn.Module):
         self, projected: Tensor, norm: RMSNorm, rope: Rope | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """[B, L, D] -> [B, L, H, d] of `dtype`, or the same, turned to the tokens' positions where there are any."""
-        return self.glue.turn(projected, norm.eps, norm.weight, self.num_heads, rope, dtype)
+        return self.glue.turn(projected, HeadNorm(norm.eps, norm.weight, self.num_heads, dtype), rope)
 
 
 class SelfAttention(AttentionLayer):

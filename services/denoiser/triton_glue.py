@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.denoiser.fp8_attention import FP8
-from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, Prepared
+from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, HeadNorm, Prepared
 from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
 from services.denoiser.rope import Rope
 from services.denoiser.triton_fp8 import e4m3
@@ -37,29 +37,21 @@ class TritonGlue:
     def normed(self, tokens: Tensor, affine: Affine, to: Consumer) -> Prepared:
         return _normed(tokens.contiguous(), affine, to) if _fits(to) else PLAIN.normed(tokens, affine, to)
 
-    def turn(
-        self,
-        projected: Tensor,
-        eps: float,
-        weight: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def turn(self, projected: Tensor, norm: HeadNorm, rope: Rope | None) -> Tensor:
         batch, length, dim = projected.shape
-        width = dim // num_heads
+        width = dim // norm.num_heads
         if width & (width - 1):
-            return PLAIN.turn(projected, eps, weight, num_heads, rope, dtype)
+            return PLAIN.turn(projected, norm, rope)
         flat = projected.flatten(0, 1).contiguous()
-        output = torch.empty_like(flat, dtype=dtype or flat.dtype)
-        cos, sin = (rope.cos, rope.sin) if rope is not None else (weight, weight)
-        padded = triton.next_power_of_2(num_heads)
+        output = torch.empty_like(flat, dtype=norm.dtype or flat.dtype)
+        cos, sin = (rope.cos, rope.sin) if rope is not None else (norm.weight, norm.weight)
+        padded = triton.next_power_of_2(norm.num_heads)
         _turn_kernel[row_grid(flat)](
-            flat, weight, cos, sin, output, len(flat), length, eps,
-            HEADS=num_heads, PADDED=padded, WIDTH=width, ROPE=rope is not None, FP8=dtype == FP8,
+            flat, norm.weight, cos, sin, output, len(flat), length, norm.eps,
+            HEADS=norm.num_heads, PADDED=padded, WIDTH=width, ROPE=rope is not None, FP8=norm.dtype == FP8,
             num_warps=row_warps(padded * width),
         )  # fmt: skip
-        return output.view(batch, length, num_heads, width)
+        return output.view(batch, length, norm.num_heads, width)
 
     def add(self, tokens: Tensor, linear: Consumer, inputs: Prepared, gate: Gate) -> Tensor:
         tokens = tokens.contiguous()

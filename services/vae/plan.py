@@ -7,7 +7,6 @@ cannot see, what the driver takes and gaps between allocations, stands in the co
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from runtime.alive import Alive
 from runtime.budget import DoesNotFit
 from runtime.vram import OVERHEAD_BYTES as DEVICE_OVERHEAD_BYTES
 from runtime.weights import build_on_meta
@@ -156,7 +154,7 @@ def _counted(machine: Machine, direction: Direction, height: int, width: int, ti
     """Two groups after the first: by the second, every layer remembers what it ever will."""
     vae, past = _meta_vae(machine), tiling.past()
     past.at_start = False
-    with torch.inference_mode(), _AttentionInPlace(), _Alive() as alive:
+    with torch.inference_mode(), _AttentionInPlace(), Alive() as alive:
         for _ in range(2):
             _pass(vae, direction, height, width, past)
     host = sum(tensor.nbytes for tensor in past.hosted()) if isinstance(past, HostedPast) else 0
@@ -233,38 +231,3 @@ class _AttentionInPlace(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return torch.empty_like(args[0], memory_format=torch.contiguous_format)
         return function(*args, **(kwargs or {}))
-
-
-class _Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on.
-
-    Attributes:
-        now, most: bytes that are alive, and the most that were at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size

@@ -5,21 +5,18 @@ Kernels are stood in for by what they leave in memory: results of the same sizes
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from runtime.alive import Alive
 from services.denoiser.chunking import run_in_pieces
 from services.denoiser.fp8_attention import FP8
-from services.denoiser.glue import Affine, Consumer, Gate, Prepared
+from services.denoiser.glue import Affine, Consumer, Gate, HeadNorm, Prepared
 from services.denoiser.int8 import Int8Tokens
 from services.denoiser.model import PRESETS, Block, Context, DiffusionTransformer
 from services.denoiser.placement import weights_of
@@ -61,16 +58,8 @@ class Kernels:
             linear.prepare(inputs)
         return tokens
 
-    def turn(
-        self,
-        projected: Tensor,
-        eps: float,
-        weight: Tensor,
-        num_heads: int,
-        rope: Rope | None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        return torch.unflatten(torch.empty_like(projected, dtype=dtype), -1, (num_heads, -1))
+    def turn(self, projected: Tensor, norm: HeadNorm, rope: Rope | None) -> Tensor:
+        return torch.unflatten(torch.empty_like(projected, dtype=norm.dtype), -1, (norm.num_heads, -1))
 
 
 class Attends:
@@ -85,32 +74,6 @@ class Attends:
     def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
         held = keys, values if self.dtype is None else torch.empty_like(values, dtype=self.dtype)
         return lambda queries: self(queries, held[0], values)
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made while it is on: now, and the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
-                size = tensor.untyped_storage().nbytes()
-                self._known.add(key)
-                self.now += size
-                self.most = max(self.most, self.now)
-                weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 @contextmanager

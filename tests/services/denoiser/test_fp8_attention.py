@@ -150,7 +150,7 @@ def test_queries_are_turned_to_8_bits_alike() -> None:
     projected = torch.randn(2, 5, 384, device=DEVICE).bfloat16()
     weight, angles = torch.randn(384, device=DEVICE) * 40, torch.randn(5, 32, device=DEVICE)
     rope = Rope(angles.cos(), angles.sin())
-    ours = TRITON.turn(projected, 1e-6, weight, 6, rope, FP8).float()
-    expected = glue.PLAIN.turn(projected, 1e-6, weight, 6, rope, FP8).float()
+    norm = glue.HeadNorm(1e-6, weight, 6, FP8)
+    ours, expected = TRITON.turn(projected, norm, rope).float(), glue.PLAIN.turn(projected, norm, rope).float()
     assert float(((ours - expected).abs() > 0.07 * expected.abs() + 0.01).float().mean()) == 0
     assert float((ours != expected).float().mean()) < 0.01

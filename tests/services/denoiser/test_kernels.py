@@ -113,5 +113,5 @@ def test_norms_for_a_layer_in_bfloat16_are_the_same() -> None:
 def test_queries_are_normed_and_turned_alike(turned: bool) -> None:
     projected, weight, angles = random(B, L, D, dtype=torch.bfloat16), random(D), random(L, D // 12)
     rope = Rope(angles.cos(), angles.sin()) if turned else None
-    ours = triton_glue().turn(projected, 1e-6, weight, 6, rope)
-    torch.testing.assert_close(ours, glue.PLAIN.turn(projected, 1e-6, weight, 6, rope))
+    norm = glue.HeadNorm(1e-6, weight, 6)
+    torch.testing.assert_close(triton_glue().turn(projected, norm, rope), glue.PLAIN.turn(projected, norm, rope))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.alive import Alive
 from runtime.budget import DoesNotFit
 from services.vae import plan
 from services.vae.channels_last import walk_channels_last
@@ -47,7 +48,7 @@ def test_count_without_numbers_is_that_of_a_real_pass(kind: str, tiling: Tiling,
     vae, past = Vae(CONFIGS[kind]).requires_grad_(False), tiling.past()
     walk_channels_last(vae)
     past.at_start = False
-    with torch.inference_mode(), plan._AttentionInPlace(), plan._Alive() as alive:
+    with torch.inference_mode(), plan._AttentionInPlace(), Alive() as alive:
         for _ in range(2):
             plan._pass(vae, direction, 128, 192, past)
     hosted = sum(frames.nbytes for frames in past.hosted()) if isinstance(past, HostedPast) else 0
