@@ -17,7 +17,7 @@ class VaeSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BUNRAKU_", frozen=True)
 
     precision: Literal["auto", "exact", "balanced", "fast"] = Field(
-        default="auto", description="exact: float32; balanced and fast: float16; auto: float16 on a GPU, else float32"
+        default="auto", description="exact: float32; all others: float16 on a GPU"
     )
     vram: ByteSize | None = Field(
         default=None,
