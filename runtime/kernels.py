@@ -6,7 +6,9 @@ import importlib.util
 import logging
 import os
 import shutil
+import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -22,8 +24,20 @@ def can_compile(device: torch.device, oldest: tuple[int, int]) -> bool:
 
 @cache
 def has_compiler() -> bool:
-    """Triton builds the function that starts a kernel with a C compiler: the one that CC names, gcc or clang."""
-    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
-        return True
-    _log.warning("no C compiler: Triton cannot build its kernels here, and slower operations stand in for them")
-    return False
+    """Triton builds the function that starts a kernel with a C compiler, the one that CC names, gcc or clang, and with
+    Python's headers, which some systems have in a package of their own.
+    """
+    missing = None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing = "C compiler"
+    elif not (headers := _headers()).is_file():
+        missing = str(headers)
+    if missing:
+        _log.warning("no %s: Triton cannot build its kernels here, and slower operations stand in for them", missing)
+    return missing is None
+
+
+def _headers() -> Path:
+    """Where Triton looks for them (triton.runtime.build)."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme), "Python.h")

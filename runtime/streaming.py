@@ -105,7 +105,7 @@ def stream_blocks(blocks: Sequence[tuple[nn.Module, Piece]], device: torch.devic
 
 def bring_for_calls(module: nn.Module, piece: Piece, device: torch.device) -> Undo:
     """Copies a module's weights, and its inputs if they are elsewhere, to the device for each call, and drops the weights
-    after it; returns what ends that.
+    after it, also where it fails; returns what ends that.
     """
 
     def before(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ def bring_for_calls(module: nn.Module, piece: Piece, device: torch.device) -> Un
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
         piece.use(piece.host)
 
-    return with_hooks(module, before, after)
+    return with_hooks(module, before, after, also_after_errors=True)
 
 
 class BlockStreamer:
@@ -172,9 +172,14 @@ def _hooked(block: nn.Module, streamer: BlockStreamer, index: int) -> Undo:
     return with_hooks(block, before, after)
 
 
-def with_hooks(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Undo:
+def with_hooks(
+    module: nn.Module, before: Callable[..., Any], after: Callable[..., Any], *, also_after_errors: bool = False
+) -> Undo:
     """Hooks before and after a module's forward; returns what takes them off."""
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    handles = [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=also_after_errors),
+    ]
     return undoing([handle.remove for handle in handles])
 
 

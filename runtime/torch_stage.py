@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,8 +12,10 @@ from itertools import chain
 import torch
 from torch import nn
 
-from bunraku.errors import StageBroken
+from bunraku.errors import OutOfMemory, StageBroken
 from runtime.bundles import BundleComponent
+from runtime.gpu import device_fault
+from runtime.memory import release_cached_memory
 from runtime.stage import LoadedComponent, StageRuntime
 
 _log = logging.getLogger(__name__)
@@ -33,6 +36,23 @@ def warming_up(runtime: StageRuntime) -> Iterator[None]:
         torch.cuda.synchronize(runtime.device)
     runtime.warm_up_s = time.perf_counter() - begun
     _log.info("%s: warmed up in %.1f s", runtime.stage, runtime.warm_up_s)
+
+
+@contextmanager
+def where_it_fits(what: str) -> Iterator[None]:
+    """Around what a stage computes as large as it is usually asked for, before it is ready.
+
+    Too little memory for that is no reason not to start: smaller requests may fit, and those that do not are refused one
+    by one.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OutOfMemory) and not isinstance(device_fault(error), OutOfMemory):
+            raise
+        _log.warning("%s: %s", what, error)
+        traceback.clear_frames(error.__traceback__)  # of the tensors in them
+        release_cached_memory()
 
 
 def require_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

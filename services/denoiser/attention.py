@@ -116,11 +116,14 @@ def attention_backend(name: str) -> Attention:
     """The backend of this name.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or its package is not installed.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {name}")
-    return BACKENDS[name]
+    backend = BACKENDS[name]
+    if isinstance(backend, Installed) and not backend.is_installed:
+        raise ValueError(f"attention {name} needs {backend.package} {backend.oldest} or newer, which is not installed")
+    return backend
 
 
 def usable_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:

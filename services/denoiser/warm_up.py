@@ -6,11 +6,10 @@ inputs (tenths of a second), and either may fail: better now than in the first r
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
+from runtime.torch_stage import where_it_fits
 from services.denoiser.conditioning import animation
 from services.denoiser.model import DiffusionTransformer
 
@@ -19,7 +18,6 @@ from services.denoiser.model import DiffusionTransformer
 _SMALL_CLIPS = ((64, 64, 5), (64, 128, 5), (224, 256, 1), (64, 128, 45))
 _TIMESTEP = torch.tensor([500])
 _IMAGE_ROWS = 257  # of CLIP ViT-H/14
-_log = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -31,11 +29,8 @@ def warm_up(model: DiffusionTransformer, device: torch.device, height: int, widt
         _compute(model, device, *clip, blocks=len(model.blocks))
     if device.type != "cuda":
         return
-    try:
+    with where_it_fits(f"{num_frames} frames of {width}x{height}"):
         _compute(model, device, height, width, num_frames, blocks=1)
-    except torch.OutOfMemoryError:
-        # shorter ones may fit, and those that do not are refused one by one
-        _log.warning("%d frames of %dx%d do not fit into the memory of the device", num_frames, width, height)
 
 
 def _compute(

@@ -84,7 +84,11 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
 
     def warm_up(self) -> None:
         """Looks for people in frames of the bundle's size."""
-        self._models.warm_up(self._bundle.video.height, self._bundle.video.width)
+        from runtime.torch_stage import where_it_fits
+
+        video = self._bundle.video
+        with where_it_fits(f"frames of {video.width}x{video.height}"):
+            self._models.warm_up(video.height, video.width)
 
     async def FitPoseVideo(
         self, requests: AsyncIterator[pb.FitPoseVideoRequest], context: Context

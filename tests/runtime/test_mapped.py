@@ -42,6 +42,17 @@ def test_pages_can_be_dropped_when_the_tensor_is_gone_but_the_file_is_not(tmp_pa
     assert float(tensors["b"].sum()) == NUMBERS
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_pages_of_the_other_tensors_of_a_file_stay(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.ones(NUMBERS), "b": torch.ones(NUMBERS)}, tmp_path / "a.safetensors")
+    tensors = read_checkpoint([tmp_path / "a.safetensors"])
+    pages = MappedPages([tensors[name]])
+    assert all(float(tensor.sum()) == NUMBERS for tensor in tensors.values())
+    used = resident_file_bytes()
+    pages.drop()
+    assert used - resident_file_bytes() == pytest.approx(tensors[name].nbytes, rel=0.1)
+
+
 def test_memory_that_is_no_file_is_left_alone() -> None:
     values = torch.arange(NUMBERS)
     pages = MappedPages([values])

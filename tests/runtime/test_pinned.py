@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from runtime import pinned
 from runtime.pinned import pinned_memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -60,11 +61,27 @@ def test_memory_that_cannot_be_pinned_is_used_all_the_same(
     released: list[int] = []
     driver = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=released.append)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    launched: list[torch.device] = []
+
+    def launch(count: int, device: torch.device) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error: out of memory")  # of the call before
+
+    monkeypatch.setattr(torch, "ones", launch)
     memory = pinned_memory(8, CUDA).fill_(7)
+    assert launched == [CUDA]  # so that what comes next does not meet that error
     assert "8 bytes of host memory could not be pinned: CUDA error 2" in caplog.text
     assert memory.tolist() == [7] * 8
     del memory
     assert released == []
+
+
+def test_a_kernel_without_huge_pages_has_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pages: object, advice: int) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(pinned._Pages, "madvise", refuse)
+    assert pinned_memory(5, CPU).fill_(1).tolist() == [1] * 5
 
 
 @pytest.mark.gpu

@@ -99,6 +99,22 @@ def test_weights_that_come_for_a_call_are_of_host_memory_afterwards() -> None:
     assert not layer._forward_hooks
 
 
+def test_weights_leave_the_device_where_a_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(3, 3)
+    bring_for_calls(layer, packed(layer), torch.device("meta"))
+    there: list[str] = []
+
+    def fail(values: Tensor) -> Tensor:
+        there.append(layer.weight.device.type)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(layer, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(torch.ones(1, 3))
+    assert there == ["meta"]
+    assert layer.weight.device.type == "cpu"
+
+
 def test_inputs_come_to_the_device_too() -> None:
     layer = nn.Linear(3, 3)
     bring_for_calls(layer, packed(layer), torch.device("meta"))

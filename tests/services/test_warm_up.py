@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from bunraku.errors import OutOfMemory
 from bunraku.v1 import stage_pb2
 from runtime.bundles import Bundle
 from runtime.stage import StageRuntime
-from runtime.torch_stage import warming_up
+from runtime.torch_stage import warming_up, where_it_fits
 from services.denoiser.service import DenoiserService
 from services.encoder.service import EncoderService
+from services.pose.service import PoseService
 from services.vae.service import VaeService
 from tests.runtime.fakes import BUNDLE, FakeVae, stage
 from tests.services.serving import serving
@@ -59,4 +63,57 @@ async def test_the_seconds_are_those_of_the_work(monkeypatch: pytest.MonkeyPatch
     with warming_up(runtime):
         pass
     assert runtime.warm_up_s == 2.5
+    runtime.gpu.shutdown()
+
+
+def fail(error: Exception, made: list[weakref.ref[torch.Tensor]]) -> None:
+    tensor = torch.zeros(1)
+    made.append(weakref.ref(tensor))
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemory("planned too large"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_no_reason_not_to_start(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    released: list[bool] = []
+    monkeypatch.setattr("runtime.torch_stage.release_cached_memory", lambda: released.append(made[0]() is None))
+    with where_it_fits("frames of 896x512"):
+        fail(error, made)
+    assert caplog.messages == [f"frames of 896x512: {error}"]
+    assert released == [True]  # of tensors that nothing holds any more
+    released.clear()
+    with where_it_fits("frames of 896x512"):
+        pass
+    assert not released  # what has been warmed up stays
+
+
+def test_other_errors_are() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access"), where_it_fits("frames of 896x512"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+async def test_the_pose_stage_starts_where_the_usual_frames_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Large:
+        def warm_up(self, height: int, width: int) -> None:
+            raise OutOfMemory(f"{width}x{height}")
+
+    runtime = StageRuntime("pose", BUNDLE)
+    service = PoseService(runtime, BUNDLE)
+    monkeypatch.setattr(service, "_models", Large(), raising=False)
+    service.warm_up()
+    size = f"{BUNDLE.video.width}x{BUNDLE.video.height}"
+    assert f"frames of {size}: {size}" in caplog.text
     runtime.gpu.shutdown()

@@ -18,12 +18,18 @@ def test_every_backend_is_softmax_of_scaled_products(backend: str) -> None:
 
 
 def test_backends_carry_the_name_they_are_chosen_by() -> None:
-    assert {name: attention_backend(name).name for name in BACKENDS} == {name: name for name in BACKENDS}
+    assert {name: backend.name for name, backend in BACKENDS.items()} == {name: name for name in BACKENDS}
+    assert attention_backend("flash") is BACKENDS["flash"]
 
 
 def test_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"attention must be one of auto, cudnn, .* got fastest"):
         attention_backend("fastest")
+
+
+def test_a_backend_whose_package_is_not_there_is_refused_by_its_name() -> None:
+    with pytest.raises(ValueError, match="attention sage needs sageattention 2 or newer, which is not installed"):
+        attention_backend("sage")
 
 
 def test_only_backends_that_run_here_are_usable() -> None:

@@ -56,6 +56,15 @@ def test_the_mean_is_taken_away_before_rounding() -> None:
     assert relative(Fp8Attention()(queries, keys, far) - 500, exact(queries, keys, values)) < 0.05
 
 
+def test_many_keys_of_little_weight_count_together() -> None:
+    scores = torch.cat((torch.tensor([6.0]), torch.zeros(403), torch.full((403,), -96.0)))  # weights 1, 0.0025, 0
+    first = torch.eye(64)[0]
+    queries, keys = 8 * first.view(1, 1, 1, 64), scores.view(1, -1, 1, 1) * first
+    values = (scores == 0).float() - (scores < 0).float()
+    values = values.view(1, -1, 1, 1).expand_as(keys)
+    torch.testing.assert_close(Fp8Attention()(queries, keys, values), exact(queries, keys, values), rtol=0.04, atol=0)
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_values_of_any_size_are_held(scale: float) -> None:
     queries, keys, values = peaked(20, 200)

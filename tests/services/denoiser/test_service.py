@@ -26,6 +26,7 @@ from runtime.bundles import Bundle, BundleError, configuration
 from runtime.gpu import WorkCancelled, raise_if_cancelled
 from runtime.tensors import FLOAT32, UINT8, WireTensor
 from runtime.torch_tensors import from_torch, to_torch
+from services.denoiser import __main__ as program
 from services.denoiser.conditioning import animation, seeded_noise
 from services.denoiser.denoise import Expert, Prompt, denoise, preview_rgb
 from services.denoiser.model import PRESETS, TransformerConfig
@@ -722,6 +723,39 @@ async def test_status_tells_of_the_model_and_of_the_run_in_work(bundle: Bundle) 
     assert component.size_bytes < 2.5 * component.parameters
     [work] = status.work
     assert (work.rpc, work.generation) == ("Denoise", "generations/7")
+
+
+@pytest.mark.parametrize(
+    ("settings", "attention"),
+    [({"precision": "fast"}, "fp8"), ({"precision": "fast", "attention": "math"}, "math"), ({}, "auto")],
+    ids=str,
+)
+async def test_status_tells_how_the_video_attends_to_itself(
+    bundle: Bundle, settings: dict[str, Any], attention: str
+) -> None:
+    async with serving("denoiser", partial(DenoiserService, **settings), bundle) as denoiser:
+        assert (await denoiser.status()).attention_backend == attention
+        assert latents(await run(denoiser)).shape == SHAPE
+
+
+def test_settings_of_the_environment_reach_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"PRECISION": "fast", "ATTENTION": "flash", "MEMORY_MODE": "hybrid", "VRAM": "4GiB", "STEP_CACHE": "true"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"BUNRAKU_{name}", value)
+    for name in ("WORLD_SIZE", "LWS_GROUP_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(program, "serve_stage", lambda stage, make_service: made.append(make_service.keywords))
+    program.main()
+    assert made == [
+        {
+            "precision": "fast",
+            "attention": "flash",
+            "memory_mode": "hybrid",
+            "vram_bytes": 4 * 1024**3,
+            "step_cache": True,
+        }
+    ]
 
 
 async def test_a_step_takes_the_time_of_the_step_and_not_of_whoever_waits(

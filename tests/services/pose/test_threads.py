@@ -157,6 +157,24 @@ def test_no_items_are_no_work() -> None:
     assert list(behind([], str)) == []
 
 
+def test_an_error_of_the_items_waits_for_the_work_under_way() -> None:
+    begun, done = threading.Event(), list[int]()
+
+    def items() -> Generator[int]:
+        yield 0
+        assert begun.wait(timeout=10)
+        raise ValueError("no 1")
+
+    def work(number: int) -> None:
+        begun.set()
+        threading.Event().wait(0.05)
+        done.append(number)
+
+    with pytest.raises(ValueError, match="no 1"):
+        list(behind(items(), work))
+    assert done == [0]
+
+
 def test_an_error_of_the_work_comes_in_its_place_and_the_rest_is_not_made() -> None:
     source = Source()
 

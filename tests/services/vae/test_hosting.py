@@ -103,6 +103,16 @@ def test_each_finds_what_it_left(count: int, late_in: bool, late_out: bool) -> N
     assert not any(lanes._queues.values())
 
 
+def test_what_the_next_layers_need_is_on_its_way_while_one_computes() -> None:
+    lanes = Simulated(late_in=True, late_out=False)
+    shuttle, keys = Shuttle(lanes), [("tile", nn.Identity()) for _ in range(5)]
+    for key in keys:
+        shuttle.keep(key, torch.zeros(3))
+    for key in keys * 2:
+        shuttle.recall(key)
+        assert len(lanes._queues["into"]) == 2
+
+
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 3)])
 @pytest.mark.parametrize(("late_in", "late_out"), WAYS)
 def test_clips_are_the_same_however_late_copies_are(

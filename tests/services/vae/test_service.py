@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bunraku.errors import InvalidRequest, NotThereYet, OutOfMemory
+from bunraku.errors import InvalidRequest, NotThereYet, OutOfMemory, StageBroken
 from bunraku.v1 import stage_pb2
 from bunraku.v1 import vae_pb2 as pb
 from runtime.bundles import Bundle, BundleError
@@ -28,7 +28,7 @@ from runtime.torch_tensors import from_torch, to_torch
 from runtime.weights import CheckpointMismatch
 from services.vae import service
 from services.vae.color import match_colors
-from services.vae.model import Decoder, Encoder, Grid, Vae, from_uint8, to_uint8
+from services.vae.model import Decoder, Encoder, Grid, Past, Vae, from_uint8, to_uint8
 from services.vae.plan import Tiling
 from services.vae.service import VaeService, dtype_of
 from services.vae.tiles import Cut, cut_of
@@ -404,6 +404,24 @@ async def test_latents_that_are_none_are_refused(bundle: Bundle) -> None:
             assert violations == (("latents", text),)
         [(field, _)] = await vae.refused("Decode", decode_first(), [from_torch("mask", torch.zeros(1))])
         assert field == "mask"
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+async def test_frames_that_are_none_do_not_leave_as_bytes(
+    bundle: Bundle, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stage(bundle) as vae:
+        model, groups = vae.service._vae, iter([0.0, 0.0, number])
+        decode_group = model.decode_group
+
+        def spoilt(latents: Tensor, past: Past) -> Tensor:
+            frames = decode_group(latents, past)
+            frames[0, 0, -1, -1, -1] += next(groups)
+            return frames
+
+        monkeypatch.setattr(model, "decode_group", spoilt)
+        with pytest.raises(StageBroken, match="frames are not finite"):
+            await decode(vae, some_latents(3))
 
 
 async def test_a_color_reference_of_another_size_is_refused(bundle: Bundle) -> None:
