@@ -28,12 +28,16 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def warming_up(runtime: StageRuntime) -> Iterator[None]:
-    """Around what a stage computes with its loaded models before it is ready; the status says how long that took."""
+    """Around what a stage computes with its loaded models before it is ready; the status says how long that took.
+
+    What it leaves in the allocator's cache is given back, as stages that start later plan with what is free.
+    """
     runtime.state_detail = f"warming up {runtime.bundle.name}"
     begun = time.perf_counter()
     yield
     if runtime.device.startswith("cuda"):
         torch.cuda.synchronize(runtime.device)
+        release_cached_memory()
     runtime.warm_up_s = time.perf_counter() - begun
     _log.info("%s: warmed up in %.1f s", runtime.stage, runtime.warm_up_s)
 

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from runtime.budget import DoesNotFit
+
 # Context, kernels of PyTorch, cuBLAS, cuDNN and Triton: 0.76 GiB on an H100 after all of them ran (benchmarks/vae.py)
 OVERHEAD_BYTES = 832 * 1024**2
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _SAMPLE_EVERY_S = 0.01
 _MOST_PROCESSES = 64
+_GIB = 1024**3
 _UNKNOWN = 2**64 - 1  # what NVML says where it does not know
 
 
@@ -35,6 +38,9 @@ def cap_memory(device: torch.device, budget_bytes: int, overhead_bytes: int = OV
 
     Returns:
         Bytes that the allocator may take; the budget on a device that is not capped.
+
+    Raises:
+        DoesNotFit: nothing would be left for the allocator.
     """
     if device.type != "cuda":
         return budget_bytes
@@ -42,7 +48,11 @@ def cap_memory(device: torch.device, budget_bytes: int, overhead_bytes: int = OV
     _, total = torch.cuda.mem_get_info(device)
     outside = max(overhead_bytes, outside_allocator(device) or 0)
     earlier = torch.cuda.get_per_process_memory_fraction(device)
-    fraction = min(max(0, budget_bytes - outside) / total, earlier)
+    if budget_bytes <= outside:
+        raise DoesNotFit(
+            f"the CUDA context and loaded kernels take {outside / _GIB:.2f} GiB; the budget is {budget_bytes / _GIB:.2f} GiB"
+        )
+    fraction = min((budget_bytes - outside) / total, earlier)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return int(fraction * total)
 

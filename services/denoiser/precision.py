@@ -23,6 +23,7 @@ from services.denoiser.model import AttentionLayer, Block, DiffusionTransformer
 EXACT, BALANCED, FAST = "exact", "balanced", "fast"
 PRECISIONS = (EXACT, BALANCED, FAST)
 _HOPPER = (9, 0)  # the first with the copy engine that the product kernel loads its tiles by
+_HEAD_DIM = 128  # of all Wan transformers
 _log = logging.getLogger(__name__)
 
 
@@ -74,16 +75,39 @@ def fast_attention(device: torch.device) -> Attention:
     """The most exact of the 8-bit kernels that this machine has; without one, as before, with a warning."""
     if device.type != "cuda":
         return Fp8Attention()
-    if SAGE.is_installed:
-        return SAGE
-    if has_kernels(device) and importlib.util.find_spec("cudnn") is not None:
-        from services.denoiser.cudnn_attention import CudnnFp8Attention
-
-        return CudnnFp8Attention()
-    _log.warning(
-        "no 8-bit attention here (nvidia-cudnn-frontend and a Hopper GPU, or SageAttention 2): fast is balanced"
-    )
+    reasons = []
+    for make in (_sage, _cudnn_fp8):
+        try:
+            attention = make(device)
+            _try_out(attention, device)
+        except Exception as error:  # whatever the libraries of others raise
+            reasons.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        else:
+            return attention
+    _log.warning("no 8-bit attention here (%s): fast is balanced", "; ".join(reasons))
     return AUTO
+
+
+def _sage(device: torch.device) -> Attention:
+    if not SAGE.is_installed:
+        raise ImportError("SageAttention 2 is not installed")
+    return SAGE
+
+
+def _cudnn_fp8(device: torch.device) -> Attention:
+    if not has_kernels(device):
+        raise ImportError("cuDNN's needs Triton and a Hopper GPU or newer")
+    if importlib.util.find_spec("cudnn") is None:
+        raise ImportError("nvidia-cudnn-frontend is not installed")
+    from services.denoiser.cudnn_attention import CudnnFp8Attention
+
+    return CudnnFp8Attention()
+
+
+def _try_out(attention: Attention, device: torch.device) -> None:
+    """Raises what a kernel raises that cannot run here."""
+    tokens = torch.ones(1, 256, 1, _HEAD_DIM, device=device, dtype=torch.bfloat16)
+    attention(tokens, tokens, tokens)
 
 
 def use_attention(model: DiffusionTransformer, attention: Attention) -> None:

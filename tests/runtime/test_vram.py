@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from runtime import vram
+from runtime.budget import DoesNotFit
 from runtime.vram import OVERHEAD_BYTES, Peak, cap_memory, outside_allocator, process_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -94,8 +95,10 @@ def test_a_cap_is_never_raised(driver: Driver) -> None:
     assert driver.fraction == 0.25
 
 
-def test_a_budget_smaller_than_the_overhead_leaves_nothing(driver: Driver) -> None:
-    assert cap_memory(CUDA, 500 * MIB) == 0
+def test_a_budget_smaller_than_the_overhead_is_refused_with_the_numbers(driver: Driver) -> None:
+    with pytest.raises(DoesNotFit, match=r"loaded kernels take 0\.81 GiB; the budget is 0\.49 GiB"):
+        cap_memory(CUDA, 500 * MIB)
+    assert driver.fraction == 1  # as it was
     assert OVERHEAD_BYTES == 832 * MIB
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from services.denoiser.attention import AUTO, SAGE, Installed
+from services.denoiser import precision
+from services.denoiser.attention import AUTO, SAGE, Attention, Installed
 from services.denoiser.chunking import run_in_pieces
 from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Attention, as_fp8
 from services.denoiser.model import AttentionLayer
@@ -107,6 +108,44 @@ def test_pieces_of_a_block_gather_the_same() -> None:
 
 def test_a_cpu_has_the_definition() -> None:
     assert fast_attention(torch.device("cpu")).name == "fp8"
+
+
+def test_a_kernel_that_cannot_run_here_leaves_attention_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(device: torch.device) -> Attention:
+        raise OSError("libcudnn.so.9: cannot open\nand more")
+
+    def breaks(attention: Attention, device: torch.device) -> None:
+        raise RuntimeError("no plan for this device")
+
+    monkeypatch.setattr(precision, "_sage", lambda device: Fp8Attention())
+    monkeypatch.setattr(precision, "_cudnn_fp8", refuses)
+    monkeypatch.setattr(precision, "_try_out", breaks)
+    assert fast_attention(torch.device("cuda", 0)) is AUTO
+    assert caplog.messages == [
+        "no 8-bit attention here (no plan for this device; libcudnn.so.9: cannot open): fast is balanced"
+    ]
+
+
+def test_the_first_kernel_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Attention] = []
+    first, second = Fp8Attention(), Fp8Attention()
+    monkeypatch.setattr(precision, "_sage", lambda device: first)
+    monkeypatch.setattr(precision, "_cudnn_fp8", lambda device: second)
+    monkeypatch.setattr(precision, "_try_out", lambda attention, device: tried.append(attention))
+    assert fast_attention(torch.device("cuda", 0)) is first
+    assert tried == [first]
+
+
+def test_trying_out_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mute(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        raise RuntimeError(f"mute {tuple(queries.shape)} {queries.dtype}")
+
+    monkeypatch.setattr(torch, "mute_kernel", mute, raising=False)
+    precision._try_out(Fp8Attention(), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"mute \(1, 256, 1, 128\) torch.bfloat16"):
+        precision._try_out(Installed("mute", "torch", 2, "torch", "mute_kernel"), torch.device("cpu"))
 
 
 def test_packages_that_are_not_there_or_too_old_are_not_installed() -> None:
