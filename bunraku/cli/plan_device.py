@@ -42,6 +42,7 @@ class Share:
             settings["BUNRAKU_MEMORY_MODE"] = "hybrid"
         elif self.stage == "vae":
             settings["BUNRAKU_MAX_CONCURRENT"] = "1"  # a clip at a time may take all that the weights leave
+            settings["BUNRAKU_PRECISION"] = "balanced"  # float16, as planned, whatever the environment says
         return settings
 
 

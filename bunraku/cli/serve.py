@@ -79,9 +79,11 @@ def _within(vram: str, bundle: Path, models: Path | None) -> dict[str, Mapping[s
     from bunraku.cli.plan_device import Clip, device_shares
     from runtime.budget import DoesNotFit
     from runtime.bundles import load_bundle
+    from services.denoiser.__main__ import DenoiserSettings
 
     found = load_bundle(bundle, models)
-    clip = Clip(found.video.width, found.video.height, found.video.window_frames)
+    branches = 2 if DenoiserSettings().step_cache else 0  # inherited by the stage
+    clip = Clip(found.video.width, found.video.height, found.video.window_frames, branches)
     try:
         shares = device_shares(found, clip, parsed_bytes(vram))
     except DoesNotFit as error:

@@ -12,7 +12,7 @@ from bunraku.cli import app, plan_device
 from bunraku.cli.plan_device import GIB, POSE_BYTES, Clip, Share, device_shares
 from bunraku.cli.serve import _within
 from runtime.budget import DoesNotFit
-from runtime.bundles import load_bundle
+from runtime.bundles import Bundle, load_bundle
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 SCAIL, TINY = BUNDLES / "scail-14b", BUNDLES / "tiny"
@@ -56,6 +56,7 @@ def test_a_stage_keeps_to_its_share_by_its_settings() -> None:
     assert vram == {stage: str(found[stage].vram_bytes) for stage in ("encoder", "denoiser", "vae")}
     assert found["denoiser"].environment["BUNRAKU_MEMORY_MODE"] == "hybrid"
     assert found["vae"].environment["BUNRAKU_MAX_CONCURRENT"] == "1"
+    assert found["vae"].environment["BUNRAKU_PRECISION"] == "balanced"  # float16, which the count is of
     assert found["pose"].vram_bytes == POSE_BYTES
 
 
@@ -88,3 +89,17 @@ def test_plan_shows_the_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         "48",
         "80",
     ]
+
+
+def test_a_step_cache_that_stages_inherit_has_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Clip] = []
+
+    def shares(bundle: Bundle, clip: Clip, budget: int) -> list[Share]:
+        asked.append(clip)
+        return []
+
+    monkeypatch.setattr(plan_device, "device_shares", shares)
+    for setting in ("false", "true"):
+        monkeypatch.setenv("BUNRAKU_STEP_CACHE", setting)
+        _within("12GiB", TINY, None)
+    assert [clip.cached_branches for clip in asked] == [0, 2]
