@@ -130,8 +130,8 @@ def weights_of(model: DiffusionTransformer) -> Weights:
 
 
 def _dequantised(module: nn.Module) -> int:
-    """Bytes of what int8 weights become: numbers in the dtype of their scale, before they are scaled and after."""
-    return 2 * module._data.numel() * module.dtype.itemsize if isinstance(module, QuantizedWeight) else 0
+    """Bytes of what int8 weights become: numbers in the dtype of their scale."""
+    return module._data.numel() * module.dtype.itemsize if isinstance(module, QuantizedWeight) else 0
 
 
 def _size(module: nn.Module) -> int:

@@ -53,7 +53,7 @@ class QuantizedWeight(nn.Module):
 
     def forward(self) -> Tensor:
         """scale * data, rounded once to the dtype of the scale."""
-        return self._data.to(self._scale.dtype) * self._scale
+        return self._data.to(self._scale.dtype).mul_(self._scale)
 
 
 class Int8Linear(nn.Module):
