@@ -40,7 +40,7 @@ def test_exact_needs_more_than_four_gib_and_balanced_does_not() -> None:
     assert "0 of 40" in CliRunner().invoke(app, asked).output
     refused = CliRunner().invoke(app, [*asked, "--precision", "exact"])
     assert refused.exit_code == 2
-    assert "need 4.2" in refused.output
+    assert "need 4.12" in refused.output
 
 
 def test_the_encoder_streams_what_does_not_fit() -> None:
