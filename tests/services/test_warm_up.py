@@ -66,6 +66,20 @@ async def test_the_seconds_are_those_of_the_work(monkeypatch: pytest.MonkeyPatch
     runtime.gpu.shutdown()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+async def test_a_device_gets_back_what_warming_up_leaves_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append(f"waited for {device}"))
+    monkeypatch.setattr("runtime.torch_stage.release_cached_memory", lambda: done.append("released"))
+    runtime = StageRuntime("vae", BUNDLE, device=device)
+    with warming_up(runtime):
+        done.append("computed")
+    runtime.gpu.shutdown()
+    assert done == (["computed", "waited for cuda:0", "released"] if device == "cuda:0" else ["computed"])
+
+
 def fail(error: Exception, made: list[weakref.ref[torch.Tensor]]) -> None:
     tensor = torch.zeros(1)
     made.append(weakref.ref(tensor))
