@@ -271,13 +271,10 @@ class Models(NetworkModels):
 
 
 def _nlf(watch: Stopwatch) -> NlfEstimator:
-    device = watch.device
-    config = NlfConfig(proc_side=384, stride=32, centered_stride=True, depth=8, box_size_m=2.2)
-    sizes = HeadSizes(OUT_CHANNELS, 512, 512, 2048, 1024, 1024, 384)
-    features = efficientnet(BACKBONES[config.backbone], centered_stride=True)
-    model = CropModel(config, sizes, features).to(device).eval().requires_grad_(False)
+    estimator = random_nlf(watch.device)
+    model = estimator.model
     model.heatmap_head.weight_field.gps_net.maxi.fill_(1)
-    if device.type == "cuda":
+    if watch.device.type == "cuda":
         model.backbone.half().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
         model.heatmap_head.layer.half()
     located = model.forward
@@ -288,6 +285,15 @@ def _nlf(watch: Stopwatch) -> NlfEstimator:
 
     model.forward = timed  # type: ignore[method-assign, assignment]
     print(f"NLF: {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million parameters")
+    return estimator
+
+
+def random_nlf(device: torch.device) -> NlfEstimator:
+    """The estimator at the released size, with random weights."""
+    config = NlfConfig(proc_side=384, stride=32, centered_stride=True, depth=8, box_size_m=2.2)
+    sizes = HeadSizes(OUT_CHANNELS, 512, 512, 2048, 1024, 1024, 384)
+    features = efficientnet(BACKBONES[config.backbone], centered_stride=True)
+    model = CropModel(config, sizes, features).to(device).eval().requires_grad_(False)
     return NlfEstimator(config, model, torch.rand(NUM_POINTS, 3, device=device))
 
 
