@@ -13,12 +13,12 @@ from functools import partial
 import torch
 
 from services.denoiser import triton_glue
-from services.denoiser.fp8_attention import FP8
+from services.denoiser.fp8_attention import FP8, Fp8Tokens
 from services.denoiser.glue import Affine, HeadNorm
 from services.denoiser.int8 import Int8Tokens, TurnedInt8Linear
 from services.denoiser.model import Linear
 from services.denoiser.rope import Rope
-from services.denoiser.triton_fp8 import centred, restored
+from services.denoiser.triton_fp8 import centred
 from services.denoiser.triton_int8 import TritonArithmetic
 
 DIM, HIDDEN, HEADS = 5120, 13824, 40
@@ -56,22 +56,24 @@ def glue_kernels(tokens: int) -> list[tuple[str, Callable[[], object], float]]:
     )
     glue, size = triton_glue.TRITON, float(tokens * DIM)
     heads = torch.unflatten(values, -1, (HEADS, -1))
-    held = centred(heads)
+    centred_heads = centred(heads)
+    attended = Fp8Tokens(centred_heads.data.flatten(2), centred_heads.scale, centred_heads.mean.flatten())
     return [
         ("norm, modulate, turn, int8", lambda: glue.normed(stream, affine, linear), 5 * size),
         ("RMS norm and rotary positions", lambda: glue.turn(values, HeadNorm(1e-6, rows[0], HEADS), rope), 4 * size),
         ("the same, to 8-bit floats", lambda: glue.turn(values, HeadNorm(1e-6, rows[0], HEADS, FP8), rope), 3 * size),
         ("values less their mean, to 8-bit floats", lambda: centred(heads), 5 * size),
-        ("what 8-bit attention gathered, with the mean", lambda: restored(held.data, held, torch.bfloat16), 3 * size),
+        ("what 8-bit attention gathered, to int8", lambda: TritonArithmetic().quantize(attended, 1), 2 * size),
     ]
 
 
 def quantising(tokens: int) -> list[tuple[str, Callable[[], object], float]]:
-    narrow = torch.randn(tokens, DIM, device=DEVICE, dtype=torch.bfloat16)
+    narrow, also = torch.randn(2, tokens, DIM, device=DEVICE, dtype=torch.bfloat16)
     wide = torch.randn(tokens, HIDDEN, device=DEVICE, dtype=torch.bfloat16)
     arithmetic = TritonArithmetic()
     return [
         ("int8 of 5120", lambda: arithmetic.quantize(narrow, 1), 3 * narrow.numel()),
+        ("int8 of the sum of two", lambda: arithmetic.quantize(narrow, 1, also), 5 * narrow.numel()),
         ("turn, int8 of 13824", lambda: arithmetic.quantize(wide, 128), 3 * wide.numel()),
     ]
 

@@ -152,7 +152,8 @@ def measured(
     exact: dict[int, Tensor],
 ) -> Row:
     tokens, context = len(conditioning.rope.cos), embedded(model, conditioning)
-    seconds, peak, predicted = best(lambda: forward(model, conditioning, context), repeats)
+    noise = noise_of(model, conditioning)
+    seconds, peak, predicted = best(lambda: forward(model, conditioning, context, noise), repeats)
     floor = operations(model.config, tokens) / rate
     if precision == EXACT:
         exact[tokens] = predicted
@@ -218,26 +219,29 @@ def embedded(model: DiffusionTransformer, conditioning: Conditioning) -> Context
     return model.embed_context(text, image)
 
 
-def forward(model: DiffusionTransformer, conditioning: Conditioning, context: Context) -> Tensor:
-    """One prediction, as at every step but the first."""
-    device, config = conditioning.rope.cos.device, model.config
+def noise_of(model: DiffusionTransformer, conditioning: Conditioning) -> Tensor:
+    """What a solver starts from, once per request."""
     if conditioning.pose_latents is None:
-        latents = seeded_noise((1, config.in_dim, 21, 60, 104), 5).to(device)
-        predicted: Tensor = model(latents, torch.tensor([999]), context, conditioning.rope)
-        return predicted
-    noise = seeded_noise((1, 16, 22, *(2 * side for side in conditioning.pose_latents.shape[3:])), 5).to(device)
-    posed: Tensor = model(
-        conditioning.model_input(noise), torch.tensor([999]), context, conditioning.rope, conditioning.pose_latents
-    )
-    return posed
+        shape = [1, model.config.in_dim, 21, 60, 104]
+    else:
+        shape = [1, 16, 22, *(2 * side for side in conditioning.pose_latents.shape[3:])]
+    return seeded_noise(shape, 5).to(conditioning.rope.cos.device)
+
+
+def forward(model: DiffusionTransformer, conditioning: Conditioning, context: Context, noise: Tensor) -> Tensor:
+    """One prediction, as at every step but the first."""
+    pose = conditioning.pose_latents
+    latents = noise if pose is None else conditioning.model_input(noise)
+    predicted: Tensor = model(latents, torch.tensor([999]), context, conditioning.rope, pose)
+    return predicted
 
 
 @torch.inference_mode()
 def profile(model: DiffusionTransformer, conditioning: Conditioning) -> str:
-    context = embedded(model, conditioning)
-    forward(model, conditioning, context)
+    context, noise = embedded(model, conditioning), noise_of(model, conditioning)
+    forward(model, conditioning, context, noise)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        forward(model, conditioning, context)
+        forward(model, conditioning, context, noise)
         torch.cuda.synchronize()
     averages = sorted(profiler.key_averages(), key=lambda average: -average.self_device_time_total)
     lines = [f"| {a.key[:80]} | {a.count} | {a.self_device_time_total / 1000:.1f} |" for a in averages[:16]]

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.bundles import Bundle, configuration, load_bundle
+from services.denoiser.attention import PlainAttending
 from services.denoiser.model import PRESETS as TRANSFORMERS
 from services.denoiser.model import DiffusionTransformer, TransformerConfig
 from services.encoder.image import PRESETS as IMAGE_ENCODERS
@@ -189,8 +188,8 @@ class PlainAttention:
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
         return F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(self, keys=keys, values=values)
+    def over(self, keys: Tensor, values: Tensor) -> PlainAttending:
+        return PlainAttending(self, keys, values)
 
 
 PLAIN = PlainAttention()

@@ -11,13 +11,28 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from services.denoiser.fp8_attention import Fp8Tokens
+
+Attended: TypeAlias = Tensor | Fp8Tokens  # what queries gathered, [B, L, D], as the linear that follows takes it
+
+
+class Attending(Protocol):
+    """Attention to keys and values that are given, by queries that may come piece by piece."""
+
+    def gather(self, queries: Tensor) -> Tensor:
+        """queries [B, L, H, d] -> the same shape; the same dtype, if it is that which the attention wants."""
+        ...
+
+    def finish(self, gathered: Tensor) -> Attended:
+        """All that was gathered, [B, L, H, d] -> [B, L, D]."""
+        ...
 
 
 class Attention(Protocol):
@@ -35,9 +50,24 @@ class Attention(Protocol):
         """queries [B, L, H, d], keys and values [B, K, H, d] -> [B, L, H, d] of the values' dtype."""
         ...
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        """The same for queries that come piece by piece. What is returned does not use `values` if `dtype` is given."""
+    def over(self, keys: Tensor, values: Tensor) -> Attending:
+        """The same in two steps: what is left to do with what was gathered is then done to all of it at once."""
         ...
+
+
+@dataclass(frozen=True)
+class PlainAttending:
+    """Where nothing is to be done to keys and values before, nor to what was gathered afterwards."""
+
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor]
+    keys: Tensor
+    values: Tensor
+
+    def gather(self, queries: Tensor) -> Tensor:
+        return self.attention(queries, self.keys, self.values)
+
+    def finish(self, gathered: Tensor) -> Tensor:
+        return gathered.flatten(2)
 
 
 @dataclass(frozen=True)
@@ -55,8 +85,8 @@ class ScaledDotProduct:
             )
         return attended.transpose(1, 2)  # [B, L, H, d]
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(self, keys=keys, values=values)
+    def over(self, keys: Tensor, values: Tensor) -> PlainAttending:
+        return PlainAttending(self, keys, values)
 
 
 @dataclass(frozen=True)
@@ -77,8 +107,8 @@ class Installed:
         result: Tensor = attended[0] if isinstance(attended, tuple) else attended
         return result
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(self, keys=keys, values=values)
+    def over(self, keys: Tensor, values: Tensor) -> PlainAttending:
+        return PlainAttending(self, keys, values)
 
     @property
     def is_installed(self) -> bool:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from services.denoiser.attention import Attended
 from services.denoiser.model import Block, Context, DiffusionTransformer, Head, TimeEmbedding
 from services.denoiser.rope import Rope
 
@@ -32,23 +33,25 @@ def _forward(
     attended = _attended(block, pieces, tokens, time, rope)
     for piece in pieces:
         part = tokens[:, piece]
-        _put(part, block.update(part, attended[:, piece], time.tokens(piece), context))
+        _put(part, block.update(part, _part(attended, piece), time.tokens(piece), context))
     return tokens
 
 
-def _attended(block: Block, pieces: list[slice], tokens: Tensor, time: TimeEmbedding, rope: Rope) -> Tensor:
+def _attended(block: Block, pieces: list[slice], tokens: Tensor, time: TimeEmbedding, rope: Rope) -> Attended:
     """What self-attention gathers: [B, L, D]. All else is gone when this returns, as the second half needs the room."""
     heads: list[Tensor] = []
     for piece in pieces:
         # within one expression: a name would keep a piece's result while the next one is made
         _put_all(heads, piece, block.project(tokens[:, piece], time.tokens(piece), rope.tokens(piece)), tokens.shape[1])
     queries, keys, values = heads
-    attend = block.self_attn.attention.over(keys, values)
-    # what is gathered takes the place of the queries that asked for it, or of the values where they are not needed
-    gathered = queries if queries.dtype == values.dtype else values
-    for piece in pieces:
-        gathered[:, piece] = attend(queries[:, piece])
-    return gathered.flatten(2)
+    attending = block.self_attn.attention.over(keys, values)
+    for piece in pieces:  # what is gathered takes the place of the queries that asked for it
+        queries[:, piece] = attending.gather(queries[:, piece])
+    return attending.finish(queries)
+
+
+def _part(attended: Attended, piece: slice) -> Attended:
+    return attended[:, piece] if isinstance(attended, Tensor) else attended.tokens(piece)
 
 
 def _put_all(heads: list[Tensor], piece: slice, parts: tuple[Tensor, ...], length: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from services.denoiser import triton_fp8
-from services.denoiser.fp8_attention import WEIGHT_SCALE, Fp8Attention, Fp8Values
+from services.denoiser.fp8_attention import WEIGHT_SCALE, Fp8Attention, Fp8Tokens
 
 _PLANS = 16
 _SCALES = ("descale_q", "descale_k", "descale_v", "descale_s", "scale_s", "scale_o")
@@ -34,11 +34,11 @@ class CudnnFp8Attention(Fp8Attention):
     def as_fp8(self, values: Tensor) -> Tensor:
         return triton_fp8.as_fp8(values)
 
-    def centred(self, values: Tensor) -> Fp8Values:
+    def centred(self, values: Tensor) -> Fp8Tokens:
         return triton_fp8.centred(values)
 
-    def restored(self, gathered: Tensor, held: Fp8Values, dtype: torch.dtype) -> Tensor:
-        return triton_fp8.restored(gathered, held, dtype)
+    def restored(self, gathered: Fp8Tokens, dtype: torch.dtype) -> Tensor:
+        return triton_fp8.restored(gathered, dtype)
 
     def gathered(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         device = queries.device

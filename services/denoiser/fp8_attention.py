@@ -10,8 +10,7 @@ This file is the definition and runs everywhere; `cudnn_attention` computes it o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,12 +23,20 @@ _QUERIES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Fp8Values:
-    """Values less their mean, as e4m3 numbers times a scale."""
+class Fp8Tokens:
+    """Values, or what was gathered of them, as e4m3 numbers times a scale, plus the mean that all values have."""
 
-    data: Tensor  # e4m3 [B, K, H, d]
+    data: Tensor  # e4m3 [B, L, H, d] or [B, L, D]
     scale: Tensor  # float32 [1]
-    mean: Tensor  # float32 [H, d], over all tokens
+    mean: Tensor  # float32 [H, d] or [D]
+
+    def tokens(self, piece: slice) -> Fp8Tokens:
+        """The same of some of the tokens."""
+        return replace(self, data=self.data[:, piece])
+
+    def float(self) -> Tensor:
+        """What they stand for, in float32."""
+        return self.data.float() * self.scale + self.mean
 
 
 class Fp8Attention:
@@ -39,26 +46,22 @@ class Fp8Attention:
     dtype: torch.dtype | None = FP8
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.over(keys, values)(queries)
+        attending = self.over(keys, values)
+        return self.restored(replace(attending.values, data=attending.gather(queries)), values.dtype)
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        keys, held, dtype = self.as_fp8(keys), self.centred(values), values.dtype
-
-        def attend(queries: Tensor) -> Tensor:
-            return self.restored(self.gathered(self.as_fp8(queries), keys, held.data), held, dtype)
-
-        return attend
+    def over(self, keys: Tensor, values: Tensor) -> Fp8Attending:
+        return Fp8Attending(self, self.as_fp8(keys), self.centred(values))
 
     def as_fp8(self, values: Tensor) -> Tensor:
         return as_fp8(values)
 
-    def centred(self, values: Tensor) -> Fp8Values:
+    def centred(self, values: Tensor) -> Fp8Tokens:
         """values [B, K, H, d] of any float dtype."""
         exact = values.float()
         mean = exact.mean((0, 1))
         centred = exact - mean
         scale = centred.abs().amax().clamp_min(_SMALLEST).reshape(1) / HIGHEST
-        return Fp8Values(as_fp8(centred / scale), scale, mean)
+        return Fp8Tokens(as_fp8(centred / scale), scale, mean)
 
     def gathered(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """All e4m3, queries [B, L, H, d], keys and values [B, K, H, d] -> e4m3 [B, L, H, d]."""
@@ -67,9 +70,24 @@ class Fp8Attention:
         gathered = torch.cat([_weighted(piece @ keys * queries.shape[-1] ** -0.5, values) for piece in pieces], 2)
         return as_fp8(gathered.transpose(1, 2))
 
-    def restored(self, gathered: Tensor, held: Fp8Values, dtype: torch.dtype) -> Tensor:
-        """What was gathered of `held`, e4m3 [B, L, H, d], with the scale and the mean: of `dtype`."""
-        return (gathered.float() * held.scale + held.mean).to(dtype)
+    def restored(self, gathered: Fp8Tokens, dtype: torch.dtype) -> Tensor:
+        """What was gathered [B, L, H, d], with the scale and the mean: of `dtype`."""
+        return gathered.float().to(dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Attending:
+    """To given keys and values; scale and mean are left to who takes what was gathered, for all pieces at once."""
+
+    attention: Fp8Attention
+    keys: Tensor  # e4m3 [B, K, H, d]
+    values: Fp8Tokens
+
+    def gather(self, queries: Tensor) -> Tensor:
+        return self.attention.gathered(self.attention.as_fp8(queries), self.keys, self.values.data)
+
+    def finish(self, gathered: Tensor) -> Fp8Tokens:
+        return Fp8Tokens(gathered.flatten(2), self.values.scale, self.values.mean.flatten())
 
 
 def as_fp8(values: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.denoiser.attention import Attended
 from services.denoiser.fp8_attention import FP8, as_fp8
 from services.denoiser.rope import Rope, rotate
 
 if TYPE_CHECKING:
     from services.denoiser.int8 import Int8Tokens
 
-Prepared: TypeAlias = "Tensor | Int8Tokens"  # tokens as the linears that follow take them
+Prepared: TypeAlias = "Attended | Int8Tokens"  # tokens as the linears that follow take them
 
 
 class Consumer(Protocol):
@@ -28,7 +29,7 @@ class Consumer(Protocol):
     @property
     def compute_dtype(self) -> torch.dtype: ...
 
-    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Prepared:
+    def prepare(self, inputs: Attended, also: Tensor | None = None) -> Prepared:
         """Inputs [..., in] of any float dtype -> what the layer computes with; done once for layers that share them.
 
         also: of the same shape and dtype, to be added to the inputs.

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from services.denoiser.attention import Attended
 from services.denoiser.model import Block, CrossAttention, DiffusionTransformer, Linear, SelfAttention
 from services.denoiser.quantisation import Int8Linear, quantize_weight
 
@@ -39,9 +40,10 @@ class Arithmetic:
 
     name = "plain"
 
-    def quantize(self, tokens: Tensor, group: int, also: Tensor | None = None) -> Int8Tokens:
-        """tokens [..., K] of any float dtype, turned in groups of `group` channels (1: not at all).
+    def quantize(self, tokens: Attended, group: int, also: Tensor | None = None) -> Int8Tokens:
+        """tokens [..., K] of any float dtype, or as 8-bit attention leaves them.
 
+        group: how many channels are turned together; 1: none are.
         also: of the same shape and dtype, added in float32. What is turned is rounded to bfloat16 first, which is a
         tenth of the step that the int8 numbers then make.
         """
@@ -89,10 +91,10 @@ class TurnedInt8Linear(nn.Module):
         self.gelu = gelu
         self.arithmetic = arithmetic
 
-    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Int8Tokens:
+    def prepare(self, inputs: Attended, also: Tensor | None = None) -> Int8Tokens:
         return self.arithmetic.quantize(inputs, self.group, also)
 
-    def forward(self, inputs: Tensor | Int8Tokens) -> Tensor:
+    def forward(self, inputs: Attended | Int8Tokens) -> Tensor:
         tokens = inputs if isinstance(inputs, Int8Tokens) else self.prepare(inputs)
         bias = self.get_buffer("bias")
         return self.arithmetic.multiply(tokens, self.data, self.scale, bias, self.compute_dtype, self.gelu)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from services.denoiser.attention import AUTO, Attention
+from services.denoiser.attention import AUTO, Attended, Attention
 from services.denoiser.glue import PLAIN, Affine, Consumer, Gate, Glue, HeadNorm, Prepared
 from services.denoiser.rope import Rope
 
@@ -106,8 +106,9 @@ class Linear(nn.Linear):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Tensor:
-        return (inputs if also is None else inputs + also).to(self.weight.dtype)
+    def prepare(self, inputs: Attended, also: Tensor | None = None) -> Tensor:
+        tokens = inputs if isinstance(inputs, Tensor) else inputs.float()
+        return (tokens if also is None else tokens + also).to(self.weight.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.linear(self.prepare(inputs), self.weight, self.bias)
@@ -244,8 +245,8 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, time: TimeEmbedding, context: Context, rope: Rope) -> Tensor:
         """tokens [B, L, D] float32 -> the same."""
         queries, keys, values = self.project(tokens, time, rope)
-        attended = self.self_attn.attention(queries, keys, values).flatten(2)
-        return self.update(tokens, attended, time, context)
+        attending = self.self_attn.attention.over(keys, values)
+        return self.update(tokens, attending.finish(attending.gather(queries)), time, context)
 
     def project(self, tokens: Tensor, time: TimeEmbedding, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, L, H, d] of self-attention."""
@@ -253,7 +254,7 @@ class Block(nn.Module):
         affine = Affine(self.norm1.eps, scale, shift, time.row, plus=1)
         return self.self_attn.project(self.glue.normed(tokens, affine, self.self_attn.q), rope)
 
-    def update(self, tokens: Tensor, attended: Tensor, time: TimeEmbedding, context: Context) -> Tensor:
+    def update(self, tokens: Tensor, attended: Attended, time: TimeEmbedding, context: Context) -> Tensor:
         """Residual stream after the block, given what self-attention gathered, both [B, L, D]."""
         gate, shift, scale, ffn_gate = self.modulation_rows(time)[2:]
         only = time.row.new_zeros(1, 1)  # every token takes the only row of norm3

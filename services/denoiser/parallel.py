@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # missing in its stubs
 
 from runtime.gpu import WorkCancelled, raise_if_cancelled
-from services.denoiser.attention import Attention
+from services.denoiser.attention import Attention, PlainAttending
 from services.denoiser.model import Block, DiffusionTransformer, Head, TimeEmbedding
 from services.denoiser.rope import Rope
 
@@ -162,8 +161,8 @@ class Ulysses:
         attended = self.attention(queries, keys[:, : share.length], values[:, : share.length])
         return share.to_tokens(attended)
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(self, keys=keys, values=values)
+    def over(self, keys: Tensor, values: Tensor) -> PlainAttending:
+        return PlainAttending(self, keys, values)
 
 
 class DeviceTeam:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Values
+from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Tokens
 
 _COLUMNS, _ROWS = 128, 64  # of a tile
 _PARTS = 32  # of the tokens, for the sums over them
@@ -16,7 +16,7 @@ _HIGHEST = tl.constexpr(HIGHEST)
 _SMALLEST = 1e-12
 
 
-def centred(values: Tensor) -> Fp8Values:
+def centred(values: Tensor) -> Fp8Tokens:
     """As `Fp8Attention.centred`, on a GPU."""
     flat = values.contiguous().flatten(2).flatten(0, 1)
     tokens, width = flat.shape
@@ -30,15 +30,15 @@ def centred(values: Tensor) -> Fp8Values:
     scale = furthest.amax().clamp_min(_SMALLEST).reshape(1) / HIGHEST
     data = torch.empty_like(flat, dtype=FP8)
     _centre_kernel[_elements(flat)](flat, mean, scale, data, flat.numel(), width, SIZE=_ELEMENTS, num_warps=8)
-    return Fp8Values(data.view(values.shape), scale, mean.view(values.shape[2:]))
+    return Fp8Tokens(data.view(values.shape), scale, mean.view(values.shape[2:]))
 
 
-def restored(gathered: Tensor, held: Fp8Values, dtype: torch.dtype) -> Tensor:
+def restored(gathered: Fp8Tokens, dtype: torch.dtype) -> Tensor:
     """As `Fp8Attention.restored`, on a GPU."""
-    output = torch.empty(gathered.shape, device=gathered.device, dtype=dtype)
-    width = held.mean.numel()
+    data, mean = gathered.data.contiguous(), gathered.mean.contiguous()
+    output = torch.empty_like(data, dtype=dtype)
     _restore_kernel[_elements(output)](
-        gathered.contiguous(), held.mean, held.scale, output, output.numel(), width, SIZE=_ELEMENTS, num_warps=8
+        data, mean, gathered.scale, output, output.numel(), mean.numel(), SIZE=_ELEMENTS, num_warps=8
     )
     return output
 

@@ -14,6 +14,7 @@ from services.denoiser.rope import Rope
 from services.denoiser.triton_fp8 import e4m3
 from services.denoiser.triton_int8 import TritonArithmetic
 from services.denoiser.triton_rows import (
+    AT_ONCE_FLOAT,
     SMALLEST_GROUP,
     quantized,
     row_grid,
@@ -106,15 +107,15 @@ def _norm_kernel(
     """Layer norm and its affine map, a row at a time; QUANTIZE: turned and as int8 with a scale."""
     WIDTH: tl.constexpr = GROUPS * COLUMNS
     group = tl.arange(0, PADDED)[:, None]
-    place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = tl.max_contiguous(group * COLUMNS + tl.arange(0, COLUMNS)[None, :], [1, AT_ONCE_FLOAT])
     inside = group < GROUPS
     signs = sign_tile(matrix, COLUMNS, QUANTIZE)
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         start = tl.cast(token, tl.int64) * WIDTH
         values = tl.load(x + start + place, mask=inside, other=0.0)
-        mean = tl.sum(tl.sum(values, axis=1), axis=0) / WIDTH
+        mean = tl.sum(values) / WIDTH
         values = tl.where(inside, values - mean, 0.0)
-        variance = tl.sum(tl.sum(values * values, axis=1), axis=0) / WIDTH
+        variance = tl.sum(values * values) / WIDTH
         mine = tl.load(row + (token // length) * row_batch + (token % length) * row_token) * WIDTH
         values = values * (1.0 / tl.sqrt(variance + eps))
         values = values * (plus + tl.load(factor + mine + place, mask=inside, other=0.0))
@@ -140,7 +141,7 @@ def _turn_kernel(
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         start = tl.cast(token, tl.int64) * (HEADS * WIDTH)
         values = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
-        square = tl.sum(tl.sum(values * values, axis=1), axis=0) / (HEADS * WIDTH)
+        square = tl.sum(values * values) / (HEADS * WIDTH)
         values = values * (1.0 / tl.sqrt(square + eps)) * factor
         if ROPE:
             angle = (token % length) * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]

@@ -15,8 +15,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from services.denoiser.attention import Attended
+from services.denoiser.fp8_attention import Fp8Tokens
 from services.denoiser.int8 import Arithmetic, Int8Tokens
 from services.denoiser.triton_rows import (
+    AT_ONCE_HALF,
     SMALLEST_GROUP,
     quantized,
     row_grid,
@@ -37,7 +40,9 @@ class TritonArithmetic(Arithmetic):
 
     name = "triton"
 
-    def quantize(self, tokens: Tensor, group: int, also: Tensor | None = None) -> Int8Tokens:
+    def quantize(self, tokens: Attended, group: int, also: Tensor | None = None) -> Int8Tokens:
+        if isinstance(tokens, Fp8Tokens):
+            return _of_fp8(tokens) if group == 1 and also is None else self.quantize(tokens.float(), group, also)
         if 1 < group < SMALLEST_GROUP:
             return super().quantize(tokens, group, also)
         flat = tokens.flatten(0, -2).contiguous()
@@ -74,6 +79,19 @@ class TritonArithmetic(Arithmetic):
         stream: float32 [B, L, N], contiguous. gate: float32 [n, N] or 1; row: [B or 1, L or 1], of the gate.
         """
         _multiply(tokens, data, scale, bias, stream.flatten(0, -2), adding=_Adding(gate, row, stream.shape[-2]))
+
+
+def _of_fp8(tokens: Fp8Tokens) -> Int8Tokens:
+    """Tokens [..., D] of 8-bit floats, not turned."""
+    flat = tokens.data.flatten(0, -2).contiguous()
+    data = torch.empty_like(flat, dtype=torch.int8)
+    scale = torch.empty(len(flat), device=flat.device, dtype=torch.float32)
+    groups, padded, columns = row_shape(flat.shape[1], 1)
+    _requantize_kernel[row_grid(flat)](
+        flat, tokens.scale, tokens.mean, data, scale, len(flat), GROUPS=groups, PADDED=padded, COLUMNS=columns,
+        num_warps=row_warps(padded * columns),
+    )  # fmt: skip
+    return Int8Tokens(data.view(tokens.data.shape), scale.view(*tokens.data.shape[:-1], 1))
 
 
 @dataclass(frozen=True)
@@ -129,10 +147,11 @@ def _quantize_kernel(
 ):  # fmt: skip
     """Rows of x [tokens, GROUPS * COLUMNS] -> int8 data of the same shape and scale [tokens]. ALSO: of x + also."""
     group = tl.arange(0, PADDED)[:, None]
-    place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = tl.max_contiguous(group * COLUMNS + tl.arange(0, COLUMNS)[None, :], [1, AT_ONCE_HALF])
     inside = group < GROUPS
     signs = sign_tile(matrix, COLUMNS, TURN)
-    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+    # where much is to be done with a token, the next one is loaded at the same time
+    for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=2 if TURN else 1):
         start = tl.cast(token, tl.int64) * (GROUPS * COLUMNS)
         values = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
         if ALSO:
@@ -140,6 +159,24 @@ def _quantize_kernel(
         if TURN:
             values = turned(values, signs, COLUMNS)
         numbers, step = quantized(values)
+        tl.store(data + start + place, numbers, mask=inside)
+        tl.store(scale + token, step)
+
+
+@triton.jit
+def _requantize_kernel(
+    x, factor, mean, data, scale, tokens, GROUPS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Rows of x [tokens, GROUPS * COLUMNS] times factor plus mean -> int8 data of the same shape and scale [tokens]."""
+    group = tl.arange(0, PADDED)[:, None]
+    place = group * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = group < GROUPS
+    addend = tl.load(mean + place, mask=inside, other=0.0)
+    by = tl.load(factor)
+    for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        start = tl.cast(token, tl.int64) * (GROUPS * COLUMNS)
+        values = tl.load(x + start + place, mask=inside, other=0.0).to(tl.float32)
+        numbers, step = quantized(values * by + addend)
         tl.store(data + start + place, numbers, mask=inside)
         tl.store(scale + token, step)
 

@@ -5,17 +5,18 @@ Kernels are stood in for by what they leave in memory: results of the same sizes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from runtime.alive import Alive
+from services.denoiser.attention import Attended, Attending, PlainAttending
 from services.denoiser.chunking import run_in_pieces
-from services.denoiser.fp8_attention import FP8
+from services.denoiser.fp8_attention import FP8, Fp8Tokens
 from services.denoiser.glue import Affine, Consumer, Gate, HeadNorm, Prepared
 from services.denoiser.int8 import Int8Tokens
 from services.denoiser.model import PRESETS, Block, Context, DiffusionTransformer
@@ -39,10 +40,10 @@ class Linear(nn.Module):
         super().__init__()
         self.width = width
 
-    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Int8Tokens:
-        return int8(inputs)
+    def prepare(self, inputs: Attended, also: Tensor | None = None) -> Int8Tokens:
+        return int8(inputs if isinstance(inputs, Tensor) else inputs.data)
 
-    def forward(self, inputs: Tensor | Int8Tokens) -> Tensor:
+    def forward(self, inputs: Attended | Int8Tokens) -> Tensor:
         tokens = inputs if isinstance(inputs, Int8Tokens) else self.prepare(inputs)
         return tokens.data.new_empty(*tokens.data.shape[:-1], self.width, dtype=torch.bfloat16)
 
@@ -71,9 +72,19 @@ class Attends:
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return torch.empty_like(queries, dtype=values.dtype)
 
-    def over(self, keys: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
-        held = keys, values if self.dtype is None else torch.empty_like(values, dtype=self.dtype)
-        return lambda queries: self(queries, held[0], values)
+    def over(self, keys: Tensor, values: Tensor) -> Attending:
+        return PlainAttending(self, keys, values) if self.dtype is None else InEightBits(torch.empty_like(keys))
+
+
+@dataclass(frozen=True)
+class InEightBits:
+    values: Tensor
+
+    def gather(self, queries: Tensor) -> Tensor:
+        return torch.empty_like(queries)
+
+    def finish(self, gathered: Tensor) -> Fp8Tokens:
+        return Fp8Tokens(gathered.flatten(2), *torch.empty(2, 1, device=META))
 
 
 @contextmanager

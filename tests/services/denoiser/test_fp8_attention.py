@@ -10,8 +10,9 @@ from torch import Tensor
 from services.denoiser import precision
 from services.denoiser.attention import AUTO, SAGE, Attention, Installed
 from services.denoiser.chunking import run_in_pieces
-from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Attention, as_fp8
-from services.denoiser.model import AttentionLayer
+from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Attention, Fp8Tokens, as_fp8
+from services.denoiser.int8 import PLAIN, TurnedInt8Linear
+from services.denoiser.model import AttentionLayer, Linear
 from services.denoiser.precision import BALANCED, FAST, attention_of, fast_attention, has_kernels, set_precision
 from tests.services.denoiser.tiny import SCAIL, normal, predict_animation, transformer
 
@@ -76,9 +77,22 @@ def test_values_of_any_size_are_held(scale: float) -> None:
 def test_queries_may_come_piece_by_piece_and_as_they_are() -> None:
     queries, keys, values = peaked(300, 90)
     whole = Fp8Attention()(queries, keys, values)
-    attend = Fp8Attention().over(as_fp8(keys), values)
-    pieces = [attend(as_fp8(piece)) for piece in torch.split(queries, 77, dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+    attending = Fp8Attention().over(as_fp8(keys), values)
+    pieces = [attending.gather(as_fp8(piece)) for piece in torch.split(queries, 77, dim=1)]
+    attended = attending.finish(torch.cat(pieces, 1))
+    torch.testing.assert_close(attended.float(), whole.flatten(2))
+    torch.testing.assert_close(attended.tokens(slice(70, 90)).float(), whole[:, 70:90].flatten(2))
+
+
+def test_layers_take_what_was_gathered_for_the_numbers_it_stands_for() -> None:
+    gathered = Fp8Tokens(as_fp8(normal(2, 3, 32)), torch.tensor([0.5]), normal(32, seed=1))
+    numbers = gathered.data.float() * 0.5 + normal(32, seed=1)
+    linear = Linear(32, 8)
+    layer = TurnedInt8Linear(linear, PLAIN, input_is_turned=True, group=32, gelu=False)
+    assert torch.equal(linear(gathered), linear(numbers))
+    assert torch.equal(linear.prepare(gathered, numbers), 2 * numbers)
+    assert torch.equal(layer.prepare(gathered).data, layer.prepare(numbers).data)
+    assert torch.equal(layer(gathered), layer(numbers))
 
 
 def test_beyond_the_range_is_the_end_of_the_range() -> None:
@@ -166,7 +180,7 @@ def test_installed_functions_are_called_with_their_arguments(
     monkeypatch.setattr(torch, "made_up", function, raising=False)
     attention = Installed("made up", "torch", 2, "torch", "made_up", (("layout", "NHD"),))
     one = torch.ones(1)
-    assert attention(one, one, one).item() == attention.over(one, one)(one).item() == 111
+    assert attention(one, one, one).item() == attention.over(one, one).gather(one).item() == 111
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from services.denoiser import glue
+from services.denoiser.fp8_attention import FP8, Fp8Tokens
 from services.denoiser.glue import Affine, Gate
 from services.denoiser.int8 import PLAIN, Arithmetic, Int8Tokens, TurnedInt8Linear
 from services.denoiser.model import Linear
@@ -53,6 +54,16 @@ def test_tokens_are_quantised_to_the_same_numbers(group: int) -> None:
     assert_same_numbers(triton_arithmetic().quantize(tokens, group), PLAIN.quantize(tokens, group))
     also = random(B, L, D, dtype=torch.bfloat16)
     assert_same_numbers(triton_arithmetic().quantize(tokens, group, also), PLAIN.quantize(tokens, group, also))
+
+
+def test_what_8_bit_attention_gathered_is_quantised_to_the_same_numbers() -> None:
+    data = (random(B, L, D) * 20).clamp(-448, 448).to(FP8)
+    tokens = Fp8Tokens(data, torch.rand(1, device=DEVICE), random(D) * 10)
+    ours, expected = triton_arithmetic().quantize(tokens, 1), PLAIN.quantize(tokens, 1)
+    assert ours.data.shape == expected.data.shape
+    assert_same_numbers(ours, expected)
+    some = tokens.tokens(slice(1, 3))
+    assert_same_numbers(triton_arithmetic().quantize(some, 1), PLAIN.quantize(some, 1))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
