@@ -84,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default=BALANCED)
     parser.add_argument("--layers", type=int, default=40, help="blocks; fewer for a trial")
     parser.add_argument("--directory", type=Path, help="for 15.5 GiB of weights and the results, best in memory")
+    parser.add_argument("--offload-folder", type=Path, help="streamed blocks wait in files here, not in host memory")
     parser.add_argument("--checkpoint", type=Path, help="measure one budget with these weights, and print JSON")
     parser.add_argument("--write", action="store_true", help="with --checkpoint: write the weights")
     parser.add_argument("--budget", type=float, default=0.0, help="with --checkpoint; GiB, 0: gpu_only")
@@ -112,6 +113,8 @@ def write_random(path: Path, config: TransformerConfig, device: torch.device) ->
 
 def _command(options: argparse.Namespace, checkpoint: Path) -> list[str]:
     given = ["--checkpoint", str(checkpoint), "--precision", options.precision, "--layers", str(options.layers)]
+    if options.offload_folder is not None:
+        given += ["--offload-folder", str(options.offload_folder)]
     return [sys.executable, "-m", "benchmarks.memory", *given]
 
 
@@ -134,7 +137,7 @@ def measured(config: TransformerConfig, options: argparse.Namespace) -> dict[str
     with Peak(device) as loading:
         home = device if budget is None else torch.device("cpu")
         model = load_transformer([options.checkpoint], config, device=home, compute_dtype=torch.bfloat16)
-        placement = place(model, device, budget, tokens, precision=options.precision)
+        placement = place(model, device, budget, tokens, precision=options.precision, folder=options.offload_folder)
         torch.cuda.synchronize()
     loaded_s = time.perf_counter() - begun
     with Peak(device) as running:

@@ -3,21 +3,28 @@
 The weights of a block are one piece of (pinned) host memory, and are copied as a whole, on a stream of their own, while
 the block before computes: two places on the device hold the block that computes and the one after it. What is large and
 rarely used comes when it is called.
+
+With an offload folder the pieces are files instead: a thread reads the next one into a place in pinned memory, and copies
+it on from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime.mapped import MappedPages
+from runtime.offload import FilePiece
 from runtime.pinned import pinned_memory
 
 PLACES = 2
+_READ_S = 120.0  # the longest that a disk may take for a block
 _ALIGNMENT = 256  # bytes: what kernels that load vectors ask of a tensor's address
 Weight = tuple[nn.Module, str, Tensor]  # whose it is, its name there, and it itself
 Undo = Callable[[], None]
@@ -38,23 +45,32 @@ def size_of(weights: Iterable[Weight]) -> int:
 
 
 class Piece:
-    """Weights moved into one piece of host memory; their modules use views of it, or of a copy.
+    """Weights moved into one piece of host memory, or into a file; their modules use views of it, or of a copy.
 
     Args:
         weights: wherever they are.
-        host: uint8 [size_of(weights)], which they are copied to.
+        home: uint8 [size_of(weights)], or a file of this size, which they are copied to.
     """
 
-    def __init__(self, weights: Sequence[Weight], host: Tensor) -> None:
-        self.host = host
+    def __init__(self, weights: Sequence[Weight], home: Tensor | FilePiece) -> None:
+        self.file = home if isinstance(home, FilePiece) else None
+        self.host = home.tensor if isinstance(home, FilePiece) else home
         self._parts: list[_Part] = []
         offset = 0
         for owner, name, tensor in weights:
             self._parts.append(_Part(owner, name, offset, tensor.shape, tensor.dtype))
             offset += _aligned(tensor.nbytes)
         for part, (_, _, tensor) in zip(self._parts, weights, strict=True):
-            part.view(host).copy_(tensor.detach())
-        self.use(host)
+            part.view(self.host).copy_(tensor.detach())
+        self.use(self.host)
+        if self.file is not None:
+            self.file.drop()
+
+    def on(self, device: torch.device) -> Tensor:
+        """A copy on a device."""
+        if self.file is None:
+            return self.host.to(device, non_blocking=True)
+        return self.file.read(torch.empty_like(self.host)).to(device)
 
     def use(self, piece: Tensor) -> None:
         """Makes the modules' weights views of `piece`, which holds the same bytes as `host` or will."""
@@ -83,11 +99,16 @@ class _Part:
             self.owner._buffers[self.name] = value
 
 
-def into_host_memory(module: nn.Module, device: torch.device) -> Piece:
-    """Moves a module's weights into host memory, pinned for `device`; pages of the file they came from are dropped."""
+def home_of(size: int, device: torch.device, folder: Path | None) -> Tensor | FilePiece:
+    """Host memory for so many bytes, pinned for `device`, or with a folder a file in it."""
+    return pinned_memory(size, device) if folder is None else FilePiece(size, folder)
+
+
+def into_host_memory(module: nn.Module, device: torch.device, folder: Path | None = None) -> Piece:
+    """Moves a module's weights to their home; pages of the file they came from are dropped."""
     weights = list(weights_of(module))
     mapped = MappedPages(tensor for _, _, tensor in weights)
-    piece = Piece(weights, pinned_memory(size_of(weights), device))
+    piece = Piece(weights, home_of(size_of(weights), device, folder))
     mapped.drop()
     return piece
 
@@ -100,7 +121,7 @@ def stream_blocks(blocks: Sequence[tuple[nn.Module, Piece]], device: torch.devic
         device: a CUDA device, or the CPU, where copies are made at once.
     """
     streamer = BlockStreamer([piece for _, piece in blocks], device)
-    return undoing([_hooked(block, streamer, index) for index, (block, _) in enumerate(blocks)])
+    return undoing([*(_hooked(block, streamer, index) for index, (block, _) in enumerate(blocks)), streamer.close])
 
 
 def bring_for_calls(module: nn.Module, piece: Piece, device: torch.device) -> Undo:
@@ -109,7 +130,7 @@ def bring_for_calls(module: nn.Module, piece: Piece, device: torch.device) -> Un
     """
 
     def before(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        piece.use(piece.host.to(device, non_blocking=True))
+        piece.use(piece.on(device))
         return tuple(argument.to(device) for argument in arguments)
 
     def after(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -126,16 +147,37 @@ class BlockStreamer:
         self._device = device
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         largest = max((len(piece.host) for piece in pieces), default=0)
-        self._places = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(min(PLACES, len(pieces)))]
-        self._held: list[int | None] = [None] * len(self._places)
-        self._ready: list[torch.cuda.Event | None] = [None] * len(self._places)
+        count = min(PLACES, len(pieces))
+        self._places = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(count)]
+        self._held: list[int | None] = [None] * count
+        self._ready: list[torch.cuda.Event | None] = [None] * count
+        self._reading: list[Future[None] | None] = [None] * count
+        self._reader: ThreadPoolExecutor | None = None
+        if any(piece.file is not None for piece in pieces):
+            self._reader = ThreadPoolExecutor(1, "offload")
+            # of the places' sizes: a piece is read while the one before it is copied
+            self._read = [pinned_memory(largest, device) for _ in range(count)]
+
+    def close(self) -> None:
+        """Ends the thread that reads files."""
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
 
     def before(self, index: int) -> None:
-        """The block's weights are on the device when what is queued from now on runs."""
+        """The block's weights are on the device when what is queued from now on runs.
+
+        Raises OSError where a file cannot be read, and TimeoutError where that takes too long.
+        """
         if index not in self._held:  # the first call, or the first after a run that was cancelled half-way
             for place in range(len(self._places)):
                 self._load((index + place) % len(self._pieces), place)
         place = self._held.index(index)
+        if (reading := self._reading[place]) is not None:
+            try:
+                reading.result(_READ_S)
+            except BaseException:
+                self._held[place] = None  # the next call tries again
+                raise
         if (ready := self._ready[place]) is not None:
             torch.cuda.current_stream(self._device).wait_event(ready)
         self._pieces[index].use(self._places[place])
@@ -150,13 +192,26 @@ class BlockStreamer:
                 return
 
     def _load(self, index: int, place: int) -> None:
-        host = self._pieces[index].host
-        target = self._places[place][: len(host)]
+        piece = self._pieces[index]
         self._held[place] = index
-        if self._copying is None:
+        # what still uses the place runs first
+        free = None if self._copying is None else torch.cuda.current_stream(self._device).record_event()
+        if piece.file is None or self._reader is None:
+            self._copy(piece.host, place, free)
+        else:
+            self._reading[place] = self._reader.submit(self._read_and_copy, piece.file, len(piece.host), place, free)
+
+    def _read_and_copy(self, file: FilePiece, size: int, place: int, free: torch.cuda.Event | None) -> None:
+        if (copied := self._ready[place]) is not None:
+            copied.synchronize()
+        self._copy(file.read(self._read[place][:size]), place, free)
+
+    def _copy(self, host: Tensor, place: int, free: torch.cuda.Event | None) -> None:
+        target = self._places[place][: len(host)]
+        if self._copying is None or free is None:
             target.copy_(host)
             return
-        self._copying.wait_stream(torch.cuda.current_stream(self._device))  # what still uses the place runs first
+        self._copying.wait_event(free)
         with torch.cuda.stream(self._copying):
             target.copy_(host, non_blocking=True)
             self._ready[place] = self._copying.record_event()

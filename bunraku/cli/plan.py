@@ -179,6 +179,9 @@ def _show_one(found: MemoryPlan, weights: Weights) -> None:
     typer.echo(f"blocks on the device: {blocks}")
     typer.echo(f"tokens at once in the token-wise parts: {pieces}")
     typer.echo(f"peak on the device: {peak}; pinned host memory: {host}; streamed in each forward pass: {streamed}")
+    if found.disk_bytes:
+        disk, beside = found.disk_bytes / GIB, found.host_bytes_with_disk / GIB
+        typer.echo(f"with an offload folder: {disk:.1f} GiB of it, and {beside:.1f} GiB of pinned host memory")
 
 
 def _parsed_size(text: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """`python -m services.denoiser`: the denoiser stage as a process. Settings: runtime.settings.StageSettings and these."""
 
 from functools import partial
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import AliasChoices, ByteSize, Field, model_validator
@@ -29,9 +30,20 @@ class DenoiserSettings(BaseSettings):
         default=None,
         description="of hybrid, as 4GiB: what the process may use; not set: what is free of vram_fraction of the device",
     )
+    offload_folder: Path | None = Field(
+        default=None,
+        description="of hybrid: directory for the blocks that are streamed, which are read anew in each pass; "
+        "not set: they wait in host memory",
+    )
     step_cache: bool = Field(
         default=False, description="of hybrid: leaves room for requests that ask for a step cache; others are refused"
     )
+
+    @model_validator(mode="after")
+    def _has_a_use_for_the_folder(self) -> Self:
+        if self.offload_folder is not None and self.memory_mode != "hybrid":
+            raise ValueError(f"offload_folder is of memory_mode hybrid, got {self.memory_mode}")
+        return self
 
 
 class GroupSettings(BaseSettings):
@@ -64,6 +76,7 @@ def main() -> None:
         attention=settings.attention,
         memory_mode=settings.memory_mode,
         vram_bytes=settings.vram,
+        offload_folder=settings.offload_folder,
         step_cache=settings.step_cache,
     )
     if group.world_size == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -62,6 +63,7 @@ def place(
     tokens: int,
     cached_branches: int = 0,
     precision: str = EXACT,
+    folder: Path | None = None,
 ) -> Placement:
     """Gives a model whose weights are in host memory its precision and places it (without a budget: from anywhere).
 
@@ -73,6 +75,7 @@ def place(
         tokens: of the longest clip to plan for.
         cached_branches: as of `plan_memory`.
         precision: of `precision.PRECISIONS`.
+        folder: with a budget: for the files that streamed blocks wait in; None: in host memory.
 
     Raises:
         DoesNotFit: no plan is within the budget; the model cannot be used then.
@@ -87,7 +90,7 @@ def place(
     def prepare(take: Callable[[Block], None]) -> None:
         set_precision(model, precision, device, take)
 
-    host = HostModel(model, device, prepare)
+    host = HostModel(model, device, prepare, folder)
     weights = weights_of(model)
     plan = plan_memory(weights, model.config, tokens, budget, cached_branches)
     if plan.is_whole:

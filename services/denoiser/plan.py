@@ -48,6 +48,8 @@ class MemoryPlan:
     device_bytes: int  # the peak, the driver's own included
     host_bytes: int  # pinned
     streamed_bytes: int  # host to device in each forward pass
+    disk_bytes: int = 0  # with an offload folder; then of host memory:
+    host_bytes_with_disk: int = 0
 
     def words(self, num_blocks: int) -> str:
         """What a log says of it, of a transformer of so many blocks."""
@@ -132,14 +134,17 @@ def _beside_blocks(weights: Weights, config: TransformerConfig, tokens: int, pie
 def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: int, resident: int) -> MemoryPlan:
     streamed = weights.num_blocks - resident
     keys = weights.num_blocks * context_keys(config)
-    host = streamed * weights.block + weights.num_blocks * weights.context + weights.on_demand_together
+    blocks = streamed * weights.block + weights.num_blocks * weights.context
+    beside = weights.on_demand_together + _BRANCHES * keys
     return MemoryPlan(
         resident=resident,
         is_whole=False,
         tokens_at_once=piece,
         device_bytes=needed + resident * weights.block,
-        host_bytes=host + _BRANCHES * keys,
+        host_bytes=blocks + beside,
         streamed_bytes=streamed * weights.block + weights.each_step + keys,
+        disk_bytes=blocks,
+        host_bytes_with_disk=_PLACES * weights.block + beside,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -99,13 +100,14 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         attention: str = AUTO.name,
         memory_mode: str = GPU_ONLY,
         vram_bytes: int | None = None,
+        offload_folder: Path | None = None,
         step_cache: bool = False,
         group: Leader | Worker | None = None,
     ) -> None:
         """precision: of `precision.PRECISIONS`, or `auto`. memory_mode: of `placement.MEMORY_MODES`. group: None: alone.
 
         attention: of `attention.BACKENDS`, for attention of the video to itself; `auto`: what the precision stands for.
-        step_cache: leaves room for one in the budget of hybrid.
+        offload_folder: of hybrid, as for `placement.place`. step_cache: leaves room for one in its budget.
         """
         if bundle.task != "animate":
             raise BundleError(f"bundle {bundle.name}: this version serves animate, not {bundle.task}")
@@ -117,7 +119,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         runtime.memory_mode = _MEMORY_MODES[memory_mode]
         self._runtime, self._bundle, self._precision = runtime, bundle, precision
         self._attention = attention_backend(attention)
-        self._memory_mode, self._vram_bytes = memory_mode, vram_bytes
+        self._memory_mode, self._vram_bytes, self._offload_folder = memory_mode, vram_bytes, offload_folder
         self._cached_branches = 2 if step_cache else 0
         self._group, self._leader = group, group if isinstance(group, Leader) else None
         self._placement: Placement
@@ -147,7 +149,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._runtime.decisive["precision"] = self._precision
         budget = (self._vram_bytes or free_budget(device)) if hybrid else None
         self._placement = place(
-            self._model, device, budget, self._longest(), self._cached_branches, precision=self._precision
+            self._model, device, budget, self._longest(), self._cached_branches, self._precision, self._offload_folder
         )
         if self._attention is not AUTO:
             use_attention(self._model, self._attention)

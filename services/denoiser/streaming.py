@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from runtime.mapped import MappedPages
-from runtime.pinned import pinned_memory
 from runtime.streaming import (
     Piece,
     Undo,
     Weight,
     bring_for_calls,
+    home_of,
     into_host_memory,
     size_of,
     stream_blocks,
@@ -66,13 +67,14 @@ class HostBlock:
 
 
 class HostModel:
-    """A transformer whose large parts are in pinned host memory.
+    """A transformer whose large parts are in pinned host memory, or its blocks in files.
 
     Args:
         model: loaded; what is small outside the blocks stays where it is until `stream`.
         device: where it will compute.
         prepare: is called once with a function that is to be given each block when its weights are what they are going
             to be, wherever they are; so that they go from file to host memory block by block.
+        folder: for the blocks' files; None: they are in host memory.
     """
 
     def __init__(
@@ -80,13 +82,14 @@ class HostModel:
         model: DiffusionTransformer,
         device: torch.device,
         prepare: Callable[[Callable[[Block], None]], None] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._model, self._device = model, device
         self.blocks: list[HostBlock] = []
         mapped = {block: MappedPages([*block.parameters(), *block.buffers()]) for block in model.blocks}
 
         def take(block: Block) -> None:
-            self.blocks.append(_taken(block, device))
+            self.blocks.append(_taken(block, device, folder))
             mapped[block].drop()
 
         if prepare is None:
@@ -113,7 +116,7 @@ class HostModel:
         staying = {index * count // resident for index in range(resident)}
         for index in staying:
             piece = self.blocks[index].every_step
-            piece.use(piece.host.to(self._device))  # and the host memory goes with the piece
+            piece.use(piece.on(self._device))  # and the host memory or the file goes with the piece
         streamed = [host for index, host in enumerate(self.blocks) if index not in staying]
         undo = [stream_blocks([(host.block, host.every_step) for host in streamed], self._device)]
         parts = [*self._on_demand, *(part for host in self.blocks for part in host.context)]
@@ -212,11 +215,11 @@ def _copy(source: Pairs, target: Pairs) -> None:
             place.copy_(tensor, non_blocking=True)
 
 
-def _taken(block: Block, device: torch.device) -> HostBlock:
-    """A block's weights in two pieces of host memory, so that the one of every step can be given back alone."""
+def _taken(block: Block, device: torch.device, folder: Path | None) -> HostBlock:
+    """A block's weights in pieces of host memory, so that the one of every step can be given back alone."""
     linears = of_the_context(block)
     weights = [list(weights_of(linear)) for linear in linears]
-    parts = torch.split(pinned_memory(sum(map(size_of, weights)), device), [size_of(each) for each in weights])
-    context = [(linear, Piece(each, part)) for linear, each, part in zip(linears, weights, parts, strict=True)]
+    homes = [home_of(size_of(each), device, folder) for each in weights]
+    context = [(linear, Piece(each, home)) for linear, each, home in zip(linears, weights, homes, strict=True)]
     every_step = of_every_step(block)
-    return HostBlock(block, Piece(every_step, pinned_memory(size_of(every_step), device)), tuple(context))
+    return HostBlock(block, Piece(every_step, home_of(size_of(every_step), device, folder)), tuple(context))

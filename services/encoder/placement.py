@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -117,9 +118,16 @@ def weights_of(text: TextModel, image: ImageModel | None) -> Weights:
 
 
 def place_encoders(
-    text: TextModel, image: ImageModel | None, config: TextEncoderConfig, device: torch.device, budget: int
+    text: TextModel,
+    image: ImageModel | None,
+    config: TextEncoderConfig,
+    device: torch.device,
+    budget: int,
+    folder: Path | None = None,
 ) -> EncoderPlan:
     """Puts encoders whose weights are in host memory where they compute, and holds the allocator to the budget.
+
+    folder: for the files that streamed layers wait in; None: in host memory.
 
     Raises:
         DoesNotFit: no plan is within the budget; the encoders are as they were then.
@@ -134,18 +142,18 @@ def place_encoders(
     staying = {index * len(layers) // plan.text_resident for index in range(plan.text_resident)}
     for index in staying:
         layers[index].to(device)
-    _stream([layer for index, layer in enumerate(layers) if index not in staying], device)
+    _stream([layer for index, layer in enumerate(layers) if index not in staying], device, folder)
     _look_up_in_host_memory(text.stack.embed_tokens, device)
     text.stack.final_layer_norm.to(device)
     if image is not None:
-        _stream(_layers(image), device)
+        _stream(_layers(image), device, folder)
         for part in _outside_of_layers(image):
             part.to(device)
     return plan
 
 
-def _stream(layers: Sequence[nn.Module], device: torch.device) -> None:
-    stream_blocks([(layer, into_host_memory(layer, device)) for layer in layers], device)
+def _stream(layers: Sequence[nn.Module], device: torch.device, folder: Path | None) -> None:
+    stream_blocks([(layer, into_host_memory(layer, device, folder)) for layer in layers], device)
 
 
 def _look_up_in_host_memory(table: nn.Module, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -42,11 +43,19 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     full_name = pb.DESCRIPTOR.services_by_name["EncoderService"].full_name
 
-    def __init__(self, runtime: StageRuntime, bundle: Bundle, *, vram_bytes: int | None = None) -> None:
-        """vram_bytes: that the process may use of its GPU; None: all that there is."""
+    def __init__(
+        self,
+        runtime: StageRuntime,
+        bundle: Bundle,
+        *,
+        vram_bytes: int | None = None,
+        offload_folder: Path | None = None,
+    ) -> None:
+        """vram_bytes: that the process may use of its GPU; None: all that there is. offload_folder: as for the placement."""
         if bundle.quirks.image_resize not in _RESIZE_OF_BUNDLE:
             raise BundleError(f"bundle {bundle.name}: image_resize {bundle.quirks.image_resize} is not known")
         self._runtime, self._bundle = runtime, bundle
+        self._offload_folder = offload_folder
         self._vram_bytes = vram_bytes if runtime.device.startswith("cuda") else None
         # a large picture takes 0.5 GB while it is made smaller
         self._pictures_on = torch.device(runtime.device if self._vram_bytes is None else "cpu")
@@ -71,7 +80,7 @@ class EncoderService(encoder_pb2_grpc.EncoderServiceServicer):
 
     def _place(self, device: torch.device, budget: int) -> None:
         image_model = next((encoder.model for encoder in self._image.values()), None)
-        plan = place_encoders(self._text.model, image_model, self._text.config, device, budget)
+        plan = place_encoders(self._text.model, image_model, self._text.config, device, budget, self._offload_folder)
         if not plan.is_whole:
             self._runtime.memory_mode = stage_pb2.MEMORY_MODE_HYBRID
         _log.info("%s", plan)

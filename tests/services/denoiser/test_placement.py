@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,30 @@ def test_a_placed_model_predicts_what_one_on_the_device_does(checkpoint: Path, p
         torch.testing.assert_close(predict_animation(placed.model), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", [EXACT, BALANCED])
+@pytest.mark.parametrize("resident", [0, 2, 5])
+def test_blocks_that_wait_in_a_folder_give_the_same_bits(
+    checkpoint: Path, tmp_path: Path, precision: str, resident: int
+) -> None:
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    budget = budget_for(loaded(checkpoint), resident)
+    expected = predict_animation(place(loaded(checkpoint), CPU, budget, TOKENS, precision=precision).model)
+    placed = place(loaded(checkpoint), CPU, budget, TOKENS, precision=precision, folder=folder)
+    for _ in range(3):
+        assert torch.equal(predict_animation(placed.model), expected)
+    assert not list(folder.iterdir())  # the files have no names
+    assert str(folder) in Path("/proc/self/maps").read_text()
+
+
+def test_with_a_folder_the_plan_tells_what_is_on_the_disk(checkpoint: Path) -> None:
+    weights = weights_of(loaded(checkpoint))
+    plan = place(loaded(checkpoint), CPU, budget_for(loaded(checkpoint), 2), TOKENS).plan
+    streamed = DEEP.num_layers - plan.resident
+    assert plan.disk_bytes == streamed * weights.block + DEEP.num_layers * weights.context
+    assert plan.host_bytes_with_disk == plan.host_bytes - plan.disk_bytes + 2 * weights.block
+
+
 def test_without_a_budget_everything_is_on_the_device(checkpoint: Path) -> None:
     placed = place(loaded(checkpoint), CPU, None, TOKENS, precision=BALANCED)
     assert placed.plan.is_whole
@@ -78,9 +103,9 @@ def test_blocks_go_one_by_one_from_file_to_host_memory(checkpoint: Path, monkeyp
     of_the_file: list[int] = []
     taken = streaming._taken
 
-    def counted(block: Block, device: torch.device) -> streaming.HostBlock:
+    def counted(block: Block, *given: Any) -> streaming.HostBlock:
         of_the_file.append(sum(bool(memory_of(each) & mapped) for each in model.blocks))
-        return taken(block, device)
+        return taken(block, *given)
 
     monkeypatch.setattr(streaming, "_taken", counted)
     place(model, CPU, budget_for(loaded(checkpoint), 0), TOKENS)
@@ -92,9 +117,9 @@ def test_pages_of_the_file_are_dropped_block_by_block(checkpoint: Path, monkeypa
     events: list[str] = []
     taken, drop = streaming._taken, MappedPages.drop
 
-    def noted(block: Block, device: torch.device) -> streaming.HostBlock:
+    def noted(block: Block, *given: Any) -> streaming.HostBlock:
         events.append("taken")
-        return taken(block, device)
+        return taken(block, *given)
 
     def dropped(pages: MappedPages) -> None:
         events.append("dropped" if pages._spans else "nothing to drop")

@@ -740,6 +740,7 @@ async def test_status_tells_how_the_video_attends_to_itself(
 
 def test_settings_of_the_environment_reach_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"PRECISION": "fast", "ATTENTION": "flash", "MEMORY_MODE": "hybrid", "VRAM": "4GiB", "STEP_CACHE": "true"}
+    given["OFFLOAD_FOLDER"] = "/offload"
     for name, value in given.items():
         monkeypatch.setenv(f"BUNRAKU_{name}", value)
     for name in ("WORLD_SIZE", "LWS_GROUP_SIZE"):
@@ -753,9 +754,15 @@ def test_settings_of_the_environment_reach_the_service(monkeypatch: pytest.Monke
             "attention": "flash",
             "memory_mode": "hybrid",
             "vram_bytes": 4 * 1024**3,
+            "offload_folder": Path("/offload"),
             "step_cache": True,
         }
     ]
+
+
+def test_an_offload_folder_is_refused_where_nothing_is_streamed() -> None:
+    with pytest.raises(ValueError, match="offload_folder is of memory_mode hybrid, got gpu_only"):
+        program.DenoiserSettings(offload_folder=Path("/offload"))
 
 
 async def test_a_step_takes_the_time_of_the_step_and_not_of_whoever_waits(
@@ -859,6 +866,17 @@ async def test_hybrid_gives_the_latents_of_gpu_only_and_refuses_clips_that_excee
         torch.testing.assert_close(latents(await run(hybrid)), expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(InvalidRequest, match=r"num_frames: \d+ tokens need .* GiB"):
             await run(hybrid, num_frames=257, height=512, width=512)
+
+
+async def test_hybrid_with_a_folder_gives_the_latents_of_hybrid_without(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path, num_layers=12)
+    make = partial(DenoiserService, memory_mode="hybrid", vram_bytes=tightest(bundle))
+    async with serving("denoiser", make, bundle) as hybrid:
+        expected = latents(await run(hybrid))
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    async with serving("denoiser", partial(make, offload_folder=folder), bundle) as hybrid:
+        assert torch.equal(latents(await run(hybrid)), expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

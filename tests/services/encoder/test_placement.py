@@ -67,6 +67,17 @@ def test_streamed_encoders_give_the_same_embeddings_again_and_again(tmp_path: Pa
         assert torch.equal(image.encode(PICTURES), expected[1])
 
 
+def test_layers_that_wait_in_a_folder_give_the_same_embeddings(tmp_path: Path) -> None:
+    text, image = text_encoder(tmp_path, DEEP), image_encoder()
+    expected = text.encode(PROMPTS).prompt_embeds, image.encode(PICTURES)
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    place_encoders(text.model, image.model, DEEP, CPU, budget_for(text, image.model, 1), folder)
+    for _ in range(2):
+        assert torch.equal(text.encode(PROMPTS).prompt_embeds, expected[0])
+        assert torch.equal(image.encode(PICTURES), expected[1])
+
+
 def test_rows_of_the_table_come_to_the_device_and_the_table_does_not() -> None:
     table = torch.nn.Embedding(5, 3)
     _look_up_in_host_memory(table, torch.device("meta"))
