@@ -7,6 +7,7 @@ directory that an operator names (a volume with the released files, used as it i
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,24 @@ class BundleError(Exception):
 
 
 @dataclass(frozen=True)
+class Lora:
+    """A file that is added to the weights of a transformer.
+
+    Attributes:
+        file: of the LoRA.
+        multiplier: how much of it is added; 1 as it was trained, 0 nothing.
+        licence: SPDX identifier or name.
+    """
+
+    file: Path
+    multiplier: float = 1.0
+    licence: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file.name} x {self.multiplier:g}"
+
+
+@dataclass(frozen=True)
 class BundleComponent:
     """One model of a bundle.
 
@@ -42,6 +61,7 @@ class BundleComponent:
         quantization: `quanto-int8`, or empty.
         licence: SPDX identifier or name.
         sha256: of the files in order, empty if not stated.
+        loras: of the transformer.
     """
 
     name: str
@@ -53,6 +73,7 @@ class BundleComponent:
     quantization: str = ""
     licence: str = ""
     sha256: tuple[str, ...] = ()
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +201,8 @@ def load_bundle(directory: Path, models: Path | None = None) -> Bundle:
 
 def require_files(component: BundleComponent) -> None:
     """Raises BundleError naming every file of a component that is not there."""
-    missing = [str(file) for file in component.files if not file.is_file()]
+    files = [*component.files, *(lora.file for lora in component.loras)]
+    missing = [str(file) for file in files if not file.is_file()]
     if component.tokenizer is not None and not component.tokenizer.is_dir():
         missing.append(str(component.tokenizer))
     if missing:
@@ -233,19 +255,24 @@ def _bundle(entries: dict[str, Any], root: Path, revision: str) -> Bundle:
 def _component(name: str, entry: dict[str, Any], root: Path) -> BundleComponent:
     files = tuple(root / file for file in entry.pop("files"))
     tokenizer = entry.pop("tokenizer", None)
+    loras = tuple(Lora(root / lora.pop("file"), **lora) for lora in entry.pop("loras", ()))
     return BundleComponent(
         name,
         files,
         tokenizer=root / tokenizer if tokenizer else None,
         sha256=tuple(entry.pop("sha256", ())),
         config=MappingProxyType(entry.pop("config", {})),
+        loras=loras,
         **entry,
     )
 
 
 def _check(bundle: Bundle) -> None:
     video, sampling, pose = bundle.video, bundle.sampling, bundle.pose
+    loras = [(component.name, lora) for component in bundle.components.values() for lora in component.loras]
     checks = {
+        "loras are of the transformer alone": all(name == "transformer" for name, _ in loras),
+        "multiplier of a LoRA must be a finite number": all(_is_number(lora.multiplier) for _, lora in loras),
         f"task must be one of {', '.join(TASKS)}": bundle.task in TASKS,
         f"sampling.solver must be one of {', '.join(SOLVERS)}": sampling.solver in SOLVERS,
         f"preset must be one of {', '.join(bundle.presets)}": bundle.preset in bundle.presets,
@@ -266,6 +293,10 @@ def _check(bundle: Bundle) -> None:
     for text, holds in checks.items():
         if not holds:
             raise ValueError(text)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _entry(error: Exception) -> str:

@@ -20,9 +20,10 @@ _DIGITS = 32
 
 
 def fingerprint(component: BundleComponent) -> str:
-    """32 hexadecimal digits that depend on the names, sizes and samples of the component's files, tokenizer included.
+    """32 hexadecimal digits that depend on the names, sizes and samples of the component's files.
 
-    The directory does not matter, so that replicas with volumes of their own agree.
+    LoRAs and the tokenizer are among them. The directory does not matter, so that replicas with volumes of their own
+    agree.
 
     Raises:
         OSError: a file is not there.
@@ -44,6 +45,7 @@ def _all_files(component: BundleComponent) -> Iterator[Path]:
         if path.name.endswith(".index.json"):
             shards = set(json.loads(path.read_text())["weight_map"].values())
             yield from (path.parent / shard for shard in sorted(shards))
+    yield from (lora.file for lora in component.loras)
     if component.tokenizer is not None:
         yield from sorted(path for path in component.tokenizer.iterdir() if path.is_file())
 

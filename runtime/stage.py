@@ -63,6 +63,7 @@ class LoadedComponent:
     size_bytes: int
     dtype: str
     sha256: str = ""
+    loras: tuple[str, ...] = ()  # with their multipliers
 
 
 @dataclass(eq=False)
@@ -248,6 +249,7 @@ class StageRuntime:
                     size_bytes=c.size_bytes,
                     dtype=c.dtype,
                     fingerprint=self.fingerprints.get(c.name, ""),
+                    loras=c.loras,
                 )
                 for c in self.components
             ],

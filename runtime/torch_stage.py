@@ -80,4 +80,5 @@ def loaded_component(component: BundleComponent, module: nn.Module) -> LoadedCom
         size_bytes=sum(tensor.nbytes for tensor in tensors),
         dtype="+".join(dtypes),
         sha256=",".join(component.sha256),
+        loras=tuple(map(str, component.loras)),
     )

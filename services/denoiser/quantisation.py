@@ -136,21 +136,28 @@ def _declared(header: Mapping[str, str]) -> list[str]:
     return list(entries)
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """weight [out, in] -> int8 data [out, in] and scale [out, 1], computed and rounded in the weight's own dtype.
 
-    A row of zeros, or one so small that its scale would be 0, becomes zeros with scale 1.
+    scale: not given, the smallest that there may be. A row of zeros, or one so small that its scale would be 0, becomes
+    zeros with scale 1.
 
     Raises:
         ValueError: a weight is not finite.
     """
-    largest = weight.abs().amax(dim=1, keepdim=True)
-    if not bool(torch.isfinite(largest).all()):
-        raise ValueError("weights to quantise must be finite")
-    scale = largest / _HIGHEST
+    if scale is None:
+        scale = smallest_scale(weight)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     data = (weight / scale).round().clamp(-_HIGHEST - 1, _HIGHEST).to(torch.int8)
     return data, scale
+
+
+def smallest_scale(weight: Tensor) -> Tensor:
+    """weight [out, in] -> the scale [out, 1] by which each row just has room in int8. Raises ValueError: not finite."""
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("weights to quantise must be finite")
+    return largest / _HIGHEST
 
 
 def block_linears(model: nn.Module) -> list[str]:

@@ -124,6 +124,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         self._group, self._leader = group, group if isinstance(group, Leader) else None
         self._placement: Placement
         self._model: DiffusionTransformer
+        self._weights: str  # what tells their files from others
 
     def add_to(self, server: grpc.aio.Server) -> None:
         denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(self, server)
@@ -142,7 +143,9 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             device=torch.device("cpu") if hybrid else device,
             compute_dtype=compute_dtype(device),
             attention=AUTO,
+            loras=component.loras,
         )
+        self._weights = fingerprint(component)
         self._runtime.components.append(loaded_component(component, self._model))
         if self._precision == AUTO_PRECISION:
             self._precision = default_precision(device)
@@ -158,7 +161,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
         check = raise_if_cancelled
         if self._group is not None:
             self._runtime.decisive["ranks"] = str(self._group.place.world_size)
-            check = self._group.ready(self._model, f"{fingerprint(component)} {self._computes}")
+            check = self._group.ready(self._model, self._computes)
         gate_blocks(self._model.blocks, device, check)
         self._runtime.attention_backend = attention_of(self._model)
         _log.info(
@@ -175,7 +178,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
     def _computes(self) -> str:
         """What decides the bits of a result besides parameters and inputs."""
         ranks = "" if self._group is None else f" {self._group.place.world_size} ranks"
-        return f"{self._bundle.revision} {self._precision} {attention_of(self._model)}{ranks}"
+        return f"{self._bundle.revision} {self._weights} {self._precision} {attention_of(self._model)}{ranks}"
 
     def _longest(self) -> int:
         """Tokens of the longest clip that the bundle has as a default: a window of its size."""

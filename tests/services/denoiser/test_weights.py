@@ -11,8 +11,9 @@ from torch import Tensor
 
 from runtime.weights import CheckpointMismatch
 from services.denoiser.model import DiffusionTransformer, Linear
+from services.denoiser.names import released_names
 from services.denoiser.quantisation import Int8Linear, block_linears, quantize_state_dict, write_quanto
-from services.denoiser.weights import checkpoint_problems, load_transformer, released_names
+from services.denoiser.weights import checkpoint_problems, load_transformer
 from tests.services.denoiser.tiny import SCAIL, TEXT_TO_VIDEO, predict_animation, transformer
 
 CPU = torch.device("cpu")
