@@ -37,6 +37,10 @@ class PlannedPrecision(StrEnum):
 
 def plan(
     bundle: options.Bundle = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Name of one of the bundles that come with Bunraku, instead of --bundle."),
+    ] = None,
     size: Annotated[str | None, typer.Option("--size", help="WIDTHxHEIGHT; not given: the bundle's.")] = None,
     frames: Annotated[
         int | None, typer.Option("--frames", min=1, help="Of one window; not given: the bundle's.")
@@ -55,10 +59,10 @@ def plan(
 ) -> None:
     """Says beforehand what of a stage fits into a GPU's memory, and what it costs. Needs no GPU and no weights."""
     from bunraku.cli.plan_device import Clip
-    from bunraku.cli.system import bundle_directory
+    from bunraku.cli.system import bundle_directory, named_bundle
     from runtime.bundles import load_bundle
 
-    found = load_bundle(bundle_directory(bundle))
+    found = load_bundle(named_bundle(model) if model is not None else bundle_directory(bundle))
     width, height = _parsed_size(size) if size else (found.video.width, found.video.height)
     budget = parsed_bytes(vram) if vram else None
     clip = Clip(width, height, frames or found.video.window_frames, 2 if step_cache else 0)

@@ -50,6 +50,19 @@ def bundle_directory(given: Path | None) -> Path:
     raise typer.BadParameter(f"must be given: there is no {_TINY} here", param_hint="--bundle")
 
 
+def named_bundle(name: str) -> Path:
+    """The bundle of this name beside the tiny one.
+
+    Raises:
+        BadParameter: there is none of that name; those that there are stand in it.
+    """
+    beside = bundle_directory(None).parent
+    known = sorted(path.parent.name for path in beside.glob("*/bundle.toml"))
+    if name not in known:
+        raise typer.BadParameter(f"must be one of {', '.join(known)}, got {name!r}", param_hint="--model")
+    return beside / name
+
+
 def data_directory(given: Path | None) -> Path:
     """The data directory that was given, or the one of this user."""
     if given is not None:

@@ -20,6 +20,16 @@ def test_a_table_shows_what_stays_on_devices_of_many_sizes() -> None:
     assert "40 of 40" in shown.output
 
 
+def test_a_bundle_is_found_by_its_name_too() -> None:
+    asked = ["--size", "896x512", "--vram", "4GiB"]
+    by_name = CliRunner().invoke(app, ["plan", "--model", "scail-14b", *asked])
+    assert by_name.exit_code == 0
+    assert by_name.output == CliRunner().invoke(app, ["plan", "--bundle", BUNDLE, *asked]).output
+    unknown = CliRunner().invoke(app, ["plan", "--model", "scail-15b", *asked])
+    assert unknown.exit_code == 2
+    assert "must be one of scail-14b, scail-14b-10-steps" in unknown.output
+
+
 def test_room_for_a_step_cache_is_counted() -> None:
     # without one 4 GiB do: the table's first row
     asked = ["plan", "--bundle", BUNDLE, "--size", "896x512", "--frames", "81", "--vram", "4GiB", "--step-cache"]
