@@ -16,7 +16,7 @@ import cProfile
 import pstats
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.pose_render import dancing, synchronise
-from services.pose.clip import Clip, Frame
+from services.pose.clip import Batch, Clip, Frame
 from services.pose.detect import YoloxDetector
 from services.pose.draw import halved
 from services.pose.extract import PoseExtractor
@@ -248,13 +248,21 @@ def seen_points() -> dict[str, npt.NDArray[np.float32]]:
 class Models(NetworkModels):
     """The networks of the chain."""
 
-    def __init__(self, watch: Stopwatch, joints: npt.NDArray[np.float32]) -> None:
+    def __init__(
+        self,
+        watch: Stopwatch,
+        joints: npt.NDArray[np.float32],
+        batch_of: Callable[[int, int], Batch] | None = None,
+        max_batch: int = StandIn.batch,
+    ) -> None:
+        """Stand-ins look at `max_batch` pictures together; `batch_of` as for NetworkModels."""
         self._watch, self._located, self._at = watch, joints, 0
         # NLF's pictures lie in the middle of theirs
         self._corner, self._middle = ({"output": one_person(640, centred)} for centred in (False, True))
         yolox: Any = StandIn("person detector", YoloxL(), (640, 640), self._corner, watch)
         whole_body: Any = StandIn("whole-body keypoints", RtmPoseL(), (384, 288), seen_points(), watch)
-        super().__init__(YoloxDetector(yolox), WholeBodyEstimator(whole_body), _nlf(watch), {})
+        yolox.batch = whole_body.batch = max_batch
+        super().__init__(YoloxDetector(yolox), WholeBodyEstimator(whole_body), _nlf(watch), {}, batch_of)
         self._yolox = yolox
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
@@ -324,7 +332,8 @@ def main() -> None:
     width, height = map(int, options.source.split("x"))
     frames = np.random.default_rng(0).integers(0, 256, (options.frames, height, width, 3), dtype=np.uint8)
     watch = Stopwatch(device)
-    extractor = PoseExtractor(Models(watch, dancing(options.frames, 1)[:, 0]), batch_frames=options.batch)
+    batch_of = None if options.batch is None else lambda height, width: Batch(options.batch)
+    extractor = PoseExtractor(Models(watch, dancing(options.frames, 1)[:, 0], batch_of))
     clip = Clip(lambda: iter(frames), options.frames, HEIGHT, WIDTH)
     run(extractor, clip)  # warms up
     steps = run(extractor, clip)

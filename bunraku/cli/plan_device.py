@@ -1,8 +1,9 @@
 """One GPU for all four stages: what each of them may take of it, and `bunraku plan --stage all`.
 
-Each gets what it cannot do without. What remains goes to the VAE until it computes whole frames, then to the denoiser,
-which is slower by a hundredth or two where it streams its blocks, and last to the encoder, which a request needs for
-half a second.
+Each gets what it cannot do without, and pose what it needs to tell several people apart by masks, if it can be had. What
+remains goes to the VAE until it computes whole frames, to pose until it works on as many frames at a time as suits a GPU,
+then to the denoiser, which is slower by a hundredth or two where it streams its blocks, to pose again for what it would
+stream, and last to the encoder, which a request needs for half a second.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 from runtime.budget import DoesNotFit
 
 GIB = 1024**3
-# Of the pose stage, which has no plan of its own: context, weights of 0.6 GB, workspaces. An allowance, not measured
-POSE_BYTES = 3 * GIB
 _PLENTY = 1024 * GIB
 
 
@@ -35,7 +34,7 @@ class Share:
     @property
     def environment(self) -> Mapping[str, str]:
         """Settings by which the stage keeps to it."""
-        if self.stage == "pose":
+        if not self.vram_bytes:
             return {}
         settings = {"BUNRAKU_VRAM": str(self.vram_bytes)}
         if self.stage == "denoiser":
@@ -63,25 +62,30 @@ def device_shares(bundle: Bundle, clip: Clip, budget: int) -> list[Share]:
         DoesNotFit: there is too little even if everything is streamed that can be.
     """
     encoder, denoiser, vae = EncoderDemand(bundle), _Denoiser(bundle, clip), _Vae(bundle, clip)
-    left = budget - encoder.least - POSE_BYTES - denoiser.least
+    pose = _Pose(bundle, clip)
+    left = budget - encoder.least - denoiser.least
+    for_pose = pose.several if _has_room(vae, left - pose.several) else pose.least
+    left -= for_pose
     for_vae = min(left, vae.enough)
     try:
         vae.share(for_vae)
     except DoesNotFit as error:
         text = (
-            f"of {budget / GIB:.2f} GiB the encoder needs {encoder.least / GIB:.2f}, pose {POSE_BYTES / GIB:.2f} and "
+            f"of {budget / GIB:.2f} GiB the encoder needs {encoder.least / GIB:.2f}, pose {pose.least / GIB:.2f} and "
             f"the denoiser {denoiser.least / GIB:.2f}, which leaves {max(left, 0) / GIB:.2f} for the VAE: {error}"
         )
         raise DoesNotFit(text) from error
     left -= for_vae
+    for_pose, left = _raised(for_pose, pose.busy, left)
     for_denoiser = min(left, denoiser.enough - denoiser.least)
     left -= for_denoiser
+    for_pose, left = _raised(for_pose, pose.enough, left)
     for_encoder = min(left, encoder.enough - encoder.least)
     left -= for_encoder
     # what nobody needs for this clip is for larger ones
     return [
         encoder.share(encoder.least + for_encoder),
-        Share("pose", POSE_BYTES, "an allowance, as the stage has no plan", 0),
+        pose.share(for_pose),
         denoiser.share(denoiser.least + for_denoiser + left // 2),
         vae.share(for_vae + left // 2),
     ]
@@ -118,6 +122,39 @@ class EncoderDemand:
         return Share("encoder", vram_bytes, str(plan), plan.host_bytes)
 
 
+class _Pose:
+    """Several clips at a time, as the stage takes them; one person in each without masks, or several with them.
+
+    Attributes:
+        least, enough: bytes without which it cannot do, and beyond which it does no better.
+        several: for masks of several people too, by the back-end that the bundle uses, and a handful of frames at a time.
+        busy: the same for as many frames at a time as suits a GPU.
+    """
+
+    def __init__(self, bundle: Bundle, clip: Clip) -> None:
+        from services.pose.people import COMPONENTS
+        from services.pose.plan import HANDFUL, Networks, PoseMemory, least_plan, whole_plan
+
+        self._size = clip.height, clip.width
+        self.least = self.several = self.busy = self.enough = 0
+        if not bundle.components.keys() >= set(COMPONENTS):
+            return  # ready pose videos need no GPU
+        self._memory = PoseMemory(Networks.of(bundle))
+        self.least = least_plan(self._memory, *self._size).device_bytes
+        backends = self._memory.networks.backends[:1]
+        self.several = least_plan(self._memory, *self._size, backends, HANDFUL).device_bytes
+        self.busy = least_plan(self._memory, *self._size, backends, None).device_bytes
+        self.enough = whole_plan(self._memory, *self._size).device_bytes
+
+    def share(self, vram_bytes: int) -> Share:
+        from services.pose.plan import plan_pose
+
+        if not vram_bytes:
+            return Share("pose", 0, "ready pose videos only, which need no GPU", 0)
+        plan = plan_pose(self._memory, *self._size, vram_bytes)
+        return Share("pose", vram_bytes, str(plan), plan.host_bytes)
+
+
 class _Denoiser:
     """Counted for `exact`, which needs the most."""
 
@@ -142,6 +179,20 @@ class _Denoiser:
 
         plan = plan_memory(self._weights, self._config, self._tokens, vram_bytes, self._branches)
         return Share("denoiser", vram_bytes, plan.words(self._weights.num_blocks), plan.host_bytes)
+
+
+def _raised(share: int, wanted: int, left: int) -> tuple[int, int]:
+    """A share with what is wanted beyond it, as far as there is some left; and what is left then."""
+    more = min(left, max(0, wanted - share))
+    return share + more, left - more
+
+
+def _has_room(vae: _Vae, vram_bytes: int) -> bool:
+    try:
+        vae.share(min(vram_bytes, vae.enough))
+    except DoesNotFit:
+        return False
+    return True
 
 
 class _Vae:

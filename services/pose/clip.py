@@ -23,12 +23,28 @@ Frame = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 Fit = Literal["lanczos", "bicubic"]
 
+CLIPS_AT_A_TIME = 2  # unless BUNRAKU_MAX_CONCURRENT says otherwise
 _TOGETHER, _TOGETHER_ON_GPU, _PIXELS_TOGETHER = 16, 32, 32 * 512 * 896
 _FRAMES_AHEAD = 16
 _BRIGHT = 127
 """Levels above this are within a mask."""
 _ROUNDS = 3
 """A mask is grown by so many steps of the width that is asked for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How much of a clip is worked on at once; less takes less memory and more time, and finds and draws the same.
+
+    Attributes:
+        frames: that are in memory, looked at and drawn together.
+        crops: of people, that are located in 3D together; None: as many as the estimator likes.
+        tiles: of pictures, that are drawn together; None: what suits the device.
+    """
+
+    frames: int
+    crops: int | None = None
+    tiles: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +104,11 @@ class Clip:
             return fitted
         mask = grown(bright(region, *frame.shape[:2]), self.grow_px)
         return np.where(mask_covering(mask, self.height, self.width)[..., None], fitted, np.uint8(0))
+
+
+def whole_batch(height: int, width: int, *, on_gpu: bool) -> Batch:
+    """How much is worked on at once where memory is not short."""
+    return Batch(frames_together(height, width, on_gpu=on_gpu))
 
 
 def frames_together(height: int, width: int, *, on_gpu: bool) -> int:

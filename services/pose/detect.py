@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from services.pose.bilinear import Floats, Frame, bilinear, bilinear_on_device
-from services.pose.onnx import OnnxNetwork, WrongNetwork
+from services.pose.onnx import OnnxNetwork
+from services.pose.onnx_file import WrongNetwork
 from services.pose.threads import beside_each_other
 
 Float32s = npt.NDArray[np.float32]

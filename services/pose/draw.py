@@ -36,6 +36,7 @@ def draw_clip(
     depth: DepthRange | None = None,
     device: torch.device | str = "cpu",
     chunk_frames: int = 16,
+    tiles_at_once: int | None = None,
 ) -> Iterator[Tensor]:
     """Draws the pose frames of a clip.
 
@@ -46,6 +47,7 @@ def draw_clip(
         depth: the depths of the whole clip, where `joints` is a part of it.
         device: where to render.
         chunk_frames: how many frames to render at once, which bounds the memory: 12 bytes per pixel of each.
+        tiles_at_once: as for render.render.
 
     Yields:
         uint8 [up to chunk_frames, height, width, 3] on the device; the model takes levels / 127.5 - 1.
@@ -62,7 +64,8 @@ def draw_clip(
     chunks = (clip[begin : begin + chunk_frames] for begin in range(0, len(limbs), chunk_frames))
     # hands and faces take the processor as long as limbs take a GPU: they are painted beside each other
     with closing(ahead(chunks, 1, lambda chunk: overlay(chunk, height, width, strokes))) as overlays:
-        for (_, frames), over in zip(render_clip(limbs, view, device, chunk_frames), overlays, strict=True):
+        rendered = render_clip(limbs, view, device, chunk_frames, tiles_at_once)
+        for (_, frames), over in zip(rendered, overlays, strict=True):
             over.cover(frames)
             yield frames
 

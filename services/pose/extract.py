@@ -21,7 +21,7 @@ from bunraku.errors import InvalidRequest
 from runtime.gpu import raise_if_cancelled
 from services.pose.align import align
 from services.pose.bridging import bridge_joints, bridge_person
-from services.pose.clip import Clip, Frame, covering, frames_together
+from services.pose.clip import Batch, Clip, Frame, covering
 from services.pose.draw import draw_clip
 from services.pose.habits import Habits
 from services.pose.keypoints import NUM_KEYPOINTS
@@ -61,6 +61,10 @@ class PoseModels(Protocol):
 
     def joints(self, frames: Sequence[Frame], quirks: NlfQuirks) -> Float32s:
         """Joints of the best person of each frame: [n, 24, 3] millimetres in the frame's camera, zeros for nobody."""
+        ...
+
+    def batch(self, height: int, width: int) -> Batch:
+        """How much of a clip of this size is worked on at once. Raises OutOfMemory: it does not fit at all."""
         ...
 
 
@@ -108,13 +112,10 @@ class PoseExtractor:
 
     Args:
         strokes: how thick things are drawn.
-        batch_frames: frames that are in memory, and looked at, together; None: clip.frames_together.
     """
 
-    def __init__(
-        self, models: PoseModels, strokes: Strokes = REFERENCE_STROKES, *, batch_frames: int | None = None
-    ) -> None:
-        self._models, self._strokes, self._batch_frames = models, strokes, batch_frames
+    def __init__(self, models: PoseModels, strokes: Strokes = REFERENCE_STROKES) -> None:
+        self._models, self._strokes = models, strokes
 
     @property
     def mask_backends(self) -> Mapping[str, PersonMasks]:
@@ -149,15 +150,15 @@ class PoseExtractor:
             posed = yield from self._several(clip, found, people, backend, habits)
         yield Progress("align", clip.num_frames, clip.num_frames, posed.gaps)
         yield posed.drawing
-        drawn, size = 0, (clip.height, clip.width)
-        for frames in draw(posed.drawing, *size, habits.pose, self._strokes, self._models.device, clip=posed.painted):
+        drawn, size, device = 0, (clip.height, clip.width), self._models.device
+        batch = self._models.batch(*size)
+        for frames in draw(posed.drawing, *size, habits.pose, self._strokes, device, batch, clip=posed.painted):
             drawn += len(frames)
             yield frames
             yield Progress("render", drawn, clip.num_frames, posed.gaps if drawn == clip.num_frames else ())
 
     def _together(self, clip: Clip) -> int:
-        on_gpu = self._models.device.type != "cpu"
-        return self._batch_frames or frames_together(clip.height, clip.width, on_gpu=on_gpu)
+        return self._models.batch(clip.height, clip.width).frames
 
     def _find(self, clip: Clip, habits: Habits, people: int) -> Generator[Progress, None, list[Found]]:
         """Everybody in each frame, and which of them are the people who are followed."""
@@ -265,6 +266,7 @@ def draw(
     quirks: PoseQuirks,
     strokes: Strokes,
     device: torch.device,
+    batch: Batch,
     *,
     clip: Sequence[People] | None = None,
 ) -> Iterator[Tensor]:
@@ -272,12 +274,23 @@ def draw(
 
     Args:
         height, width: of the video to be made.
+        batch: how much is drawn at once.
         clip: the people to paint where they are not just those of the drawing.
     """
     people = drawing.clip() if clip is None else clip
     camera = Camera.from_matrix(drawing.camera)
-    chunk = frames_together(height, width, on_gpu=device.type != "cpu")
-    drawn = draw_clip(drawing.joints, people, camera, height, width, quirks, strokes, device=device, chunk_frames=chunk)
+    drawn = draw_clip(
+        drawing.joints,
+        people,
+        camera,
+        height,
+        width,
+        quirks,
+        strokes,
+        device=device,
+        chunk_frames=batch.frames,
+        tiles_at_once=batch.tiles,
+    )
     for frames in drawn:
         raise_if_cancelled()
         yield frames

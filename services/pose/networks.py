@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from services.pose.clip import Frame, frames_together
+from services.pose.clip import Batch, Frame, whole_batch
 from services.pose.detect import YoloxDetector
 from services.pose.keypoints import WholeBodyEstimator
 from services.pose.nlf.config import NlfQuirks
@@ -32,8 +32,11 @@ class NetworkModels:
         estimator: WholeBodyEstimator,
         nlf: NlfEstimator,
         masks: Mapping[str, PersonMasks],
+        batch_of: Callable[[int, int], Batch] | None = None,
     ) -> None:
+        """batch_of: how much of a clip of a height and width is worked on at once; None: as much as suits the device."""
         self.masks = masks
+        self._batch_of = batch_of
         self._detector, self._estimator, self._nlf = detector, estimator, nlf
         self._upload = Upload(self.device)
         self._nlf_detector = PersonDetector(_cells(detector.network), DetectorConfig(side=detector.network.height))
@@ -41,6 +44,12 @@ class NetworkModels:
     @property
     def device(self) -> torch.device:
         return self._nlf.model.device
+
+    def batch(self, height: int, width: int) -> Batch:
+        """As extract.PoseModels."""
+        if self._batch_of is not None:
+            return self._batch_of(height, width)
+        return whole_batch(height, width, on_gpu=self.device.type != "cpu")
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
         """As extract.PoseModels."""
@@ -51,18 +60,29 @@ class NetworkModels:
 
     def joints(self, frames: Sequence[Frame], quirks: NlfQuirks) -> Float32s:
         """As extract.PoseModels."""
-        nlf = self._nlf
-        estimator = NlfEstimator(nlf.config, nlf.model, nlf.canonical_points, quirks=quirks, batch_size=nlf.batch_size)
+        estimator = self._estimating(quirks, self.batch(*frames[0].shape[:2]).crops)
         return estimator.find_joints(self._upload.of(frames), self._nlf_detector).numpy()
 
     def warm_up(self, height: int, width: int) -> None:
         """Runs every network on black frames, as if each showed a person: libraries choose their kernels now."""
-        count = 1 if self.device.type == "cpu" else frames_together(height, width, on_gpu=True)
+        batch = self.batch(height, width)
+        count = 1 if self.device.type == "cpu" else batch.frames
         frames = [np.zeros((height, width, 3), np.uint8)] * count
         self.people(frames, phantom=True)
         self.joints(frames, NlfQuirks())
         box = torch.tensor([[0.0, 0.0, width, height]])
-        self._nlf.estimate(self._upload.of(frames), [box] * count)
+        self._estimating(NlfQuirks(), batch.crops).estimate(self._upload.of(frames), [box] * count)
+
+    def _estimating(self, quirks: NlfQuirks, crops_at_once: int | None) -> NlfEstimator:
+        nlf = self._nlf
+        return NlfEstimator(
+            nlf.config,
+            nlf.model,
+            nlf.canonical_points,
+            quirks=quirks,
+            batch_size=nlf.batch_size,
+            crops_at_once=crops_at_once,
+        )
 
 
 def _cells(network: OnnxNetwork) -> Callable[[Tensor], Tensor]:

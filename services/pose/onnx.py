@@ -7,8 +7,6 @@ of a detector's output of megabytes a picture only what may be people is wanted.
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,16 +22,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from torch import Tensor
 
 from bunraku.errors import OutOfMemory
-from runtime.bundles import BundleError
 from runtime.gpu import raise_if_cancelled
+from services.pose.onnx_file import WrongNetwork
 
 Pictures = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[np.float32]]
 TensorOutputs = dict[str, Tensor]
 
-# protobuf's wire format, and the fields of ONNX that lead to the weights
-_VARINT, _BYTES, _FIXED_SIZES = 0, 2, {1: 8, 5: 4}
-_GRAPH, _INITIALIZER, _DIMS = 7, 5, 1
 _CPU, _CUDA, _TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 _UNREADABLE = (
     states.Fail,
@@ -45,11 +40,13 @@ _UNREADABLE = (
 )
 _FAILED = (states.Fail, states.RuntimeException, states.EPFail, states.EngineError)
 # how its arenas, CUDA and cuDNN say that memory is short
-_OUT_OF_MEMORY = ("Failed to allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
-
-
-class WrongNetwork(BundleError):
-    """A file is not the network that is needed, or cannot run where it was to; the message names the file and why."""
+_OUT_OF_MEMORY = (
+    "Failed to allocate memory",
+    "is smaller than requested bytes",  # an arena at its limit
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,15 @@ class OnnxSettings:
         max_batch: the most pictures run together, where the file allows several.
         tensorrt_cache: directory for TensorRT's engines; None: no TensorRT. An engine takes minutes to build and then
             serves one kind of GPU and one version of TensorRT.
+        arena_bytes: of a CUDA device, the most that weights, tensors and workspaces of a network take; pictures are run
+            together only as far as they fit. None: there is no limit.
     """
 
     device: str = "auto"
     num_threads: int = min(4, os.cpu_count() or 1)
     max_batch: int = 8
     tensorrt_cache: Path | None = None
+    arena_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= 64:
@@ -118,11 +118,12 @@ class OnnxNetwork:
         device: where that is.
     """
 
-    def __init__(self, session: Session, source: str, max_batch: int = 8) -> None:
-        """Tries the network once, on black.
+    def __init__(self, session: Session, source: str, max_batch: int = 8, *, is_limited: bool = False) -> None:
+        """Tries the network once, on black; where its memory is limited, with as many pictures as will run together.
 
         Raises:
             WrongNetwork: it does not take pictures.
+            OutOfMemory: its memory is limited to too little for one picture.
         """
         self._session, self.source, self.provider = session, source, session.get_providers()[0]
         self.device = _device_of(session)
@@ -130,13 +131,16 @@ class OnnxNetwork:
         self._names = [output.name for output in session.get_outputs()]
         self._batch_is_fixed = fixed is not None
         self.batch = fixed or (max_batch if max_batch == 1 or self._takes_two() else 1)
+        while is_limited and not self._batch_is_fixed and self.batch > 1 and not self._fits(self.batch):
+            self.batch //= 2
         tried = self._run_together(self._black(fixed or 1))
         self.shapes = {name: values.shape[1:] for name, values in tried.items()}
 
     @classmethod
     def load(cls, path: Path, settings: OnnxSettings) -> OnnxNetwork:
         """Raises WrongNetwork: the file cannot be read, does not take pictures, or cannot run on that device."""
-        return cls(open_session(path, settings), str(path), settings.max_batch)
+        is_limited = settings.arena_bytes is not None
+        return cls(open_session(path, settings), str(path), settings.max_batch, is_limited=is_limited)
 
     @property
     def gives(self) -> str:
@@ -223,9 +227,16 @@ class OnnxNetwork:
         """Whether two pictures give two results. Exported graphs may name the first axis as free and still fix it inside."""
         try:
             outputs = self._run_together(self._black(2))
-        except _FAILED + _UNREADABLE:
+        except (*_FAILED, *_UNREADABLE, OutOfMemory):
             return False
         return all(len(values) == 2 for values in outputs.values())
+
+    def _fits(self, count: int) -> bool:
+        try:
+            self._run_together(self._black(count))
+        except OutOfMemory:
+            return False
+        return True
 
     def _black(self, count: int) -> Pictures:
         return np.zeros((count, 3, self.height, self.width), np.float32)
@@ -255,76 +266,6 @@ def _picture_input(session: Session, source: str) -> tuple[str, tuple[int | None
     )
 
 
-def count_parameters(path: Path) -> int:
-    """Numbers in the weights of an ONNX file, of any type; onnxruntime does not tell.
-
-    The file is a protobuf: ModelProto.graph (7), GraphProto.initializer (5), TensorProto.dims (1).
-
-    Raises:
-        WrongNetwork: it is not one.
-    """
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return sum(
-                math.prod(_numbers(data, tensor, _DIMS))
-                for graph in _messages(data, slice(0, len(data)), _GRAPH)
-                for tensor in _messages(data, graph, _INITIALIZER)
-            )
-    except (OSError, ValueError, IndexError) as error:
-        raise WrongNetwork(f"{path} is not an ONNX file: {error}") from error
-
-
-def _messages(data: mmap.mmap, part: slice, wanted: int) -> Iterator[slice]:
-    """Where the messages in a field of a message are."""
-    for field, value in _fields(data, part):
-        if field == wanted and isinstance(value, slice):
-            yield value
-
-
-def _numbers(data: mmap.mmap, part: slice, wanted: int) -> Iterator[int]:
-    """The whole numbers in a field of a message, one by one or packed."""
-    for field, value in _fields(data, part):
-        if field == wanted and isinstance(value, int):
-            yield value
-        elif field == wanted and isinstance(value, slice):
-            at = value.start
-            while at < value.stop:
-                number, at = _varint(data, at)
-                yield number
-
-
-def _fields(data: mmap.mmap, part: slice) -> Iterator[tuple[int, int | slice]]:
-    """Fields of the message in a part of the file: numbers, and where bytes are; those of fixed size are left out."""
-    at = part.start
-    while at < part.stop:
-        tag, at = _varint(data, at)
-        field, kind = tag >> 3, tag & 7
-        if kind == _VARINT:
-            value, at = _varint(data, at)
-            yield field, value
-        elif kind == _BYTES:
-            size, at = _varint(data, at)
-            if size > part.stop - at:
-                raise ValueError("it is cut off")
-            yield field, slice(at, at + size)
-            at += size
-        elif kind in _FIXED_SIZES:
-            at += _FIXED_SIZES[kind]
-        else:
-            raise ValueError(f"unknown kind of field {kind}")
-
-
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    """A number of up to ten bytes of seven bits, the lowest first; and where it ends."""
-    number = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        number, at = number | (byte & 0x7F) << shift, at + 1
-        if byte < 0x80:
-            return number, at
-    raise ValueError("a number is too long")
-
-
 def open_session(path: Path, settings: OnnxSettings) -> Session:
     """onnxruntime's session of a file. Raises WrongNetwork: it cannot be read, or cannot run on that device."""
     options = onnxruntime.SessionOptions()
@@ -333,6 +274,8 @@ def open_session(path: Path, settings: OnnxSettings) -> Session:
     # threads that wait must not take processor time from the other stages of the machine
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    # a pattern asks for all tensors of a run as one block, beside those that the arena has from a run before
+    options.enable_mem_pattern = settings.arena_bytes is None
     wanted = providers(settings, onnxruntime.get_available_providers())
     try:
         session = onnxruntime.InferenceSession(path, options, providers=wanted)
@@ -366,10 +309,13 @@ def providers(settings: OnnxSettings, available: Sequence[str]) -> list[tuple[st
             raise WrongNetwork(f"this onnxruntime has no {provider}, only {', '.join(available)}")
     chosen: list[tuple[str, dict[str, str]]] = []
     device_id = {"device_id": index or "0"}
+    # blocks of the size asked for: the default doubles each new one, up to twice of what is needed
+    arena = {"gpu_mem_limit": str(settings.arena_bytes), "arena_extend_strategy": "kSameAsRequested"}
+    limits = {} if settings.arena_bytes is None else arena
     if settings.tensorrt_cache:
         cache = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(settings.tensorrt_cache)}
         chosen.append((_TENSORRT, device_id | cache))
     if kind != "cpu" and _CUDA in available:
         # heuristic: the default tries every convolution algorithm, for each new batch size, at the first request
-        chosen.append((_CUDA, device_id | {"cudnn_conv_algo_search": "HEURISTIC"}))
+        chosen.append((_CUDA, device_id | {"cudnn_conv_algo_search": "HEURISTIC"} | limits))
     return [*chosen, (_CPU, {})]

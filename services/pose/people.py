@@ -13,6 +13,10 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating[Any]]
 Frame = npt.NDArray[np.uint8]
 
+COMPONENTS = ("person_detector", "whole_body_keypoints", "joints_3d")
+"""Of a bundle, without which people are not found in videos."""
+MAX_PEOPLE = 5
+"""Of a clip, who are followed and drawn."""
 _MARGIN_X, _MARGIN_Y = 0.025, 0.05
 """By how much of the frame's width and height a person's box grows on each side before the 3D estimator sees it."""
 

@@ -22,11 +22,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.alive import Alive
 from services.pose.skeleton import Camera, Limbs
 
 _TILE = 8
 _TILES_AT_ONCE, _TILES_AT_ONCE_CPU = 65536, 2048
 """Bounds the memory of one pass: 64 rays per tile and about 20 float32 values per ray. On a CPU it fits the cache."""
+_SHADED_PER_TILE = 16
+"""Pixels that are shaded at once, for each of the tiles that are looked at at once: they take as much."""
 _NEAR_MM, _FADE_FAR_MM, _FADE_MARGIN_MM = 0.1, 20_000.0, 6_000.0
 _FAR_MIN_MM, _FAR_MAX_MM = 10_000.0, 25_000.0
 _AMBIENT, _DIFFUSE, _SPECULAR, _SHININESS = 0.3, 0.7, 0.5, 32
@@ -119,42 +122,82 @@ class _Views:
         return (x - cx) / fx, (y - cy) / fy
 
 
-def render(limbs: Limbs, view: View | Sequence[View], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Renders frames that are few enough to be in memory together: 12 bytes per pixel of each, and a byte per limb and
-    64 pixels.
+def render(
+    limbs: Limbs,
+    view: View | Sequence[View],
+    device: torch.device | str = "cpu",
+    tiles_at_once: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Renders frames that are few enough to be in memory together: 12 bytes per pixel of each, 24 per pixel that shows a
+    limb, and a byte per limb and 64 pixels; `most_bytes` counts it all.
 
     Args:
         limbs: of n frames.
         view: of all of them; or one per frame, of equal sizes and radii, where they are frames of several clips.
+        tiles_at_once: that are looked at together; None: what suits the device.
 
     Returns:
         frames uint8 [n, height, width, 3] on the device, black where there is no limb; and where there is one, bool
         [n, height, width].
     """
     capsules = Capsules.of(limbs, device)
-    return _render(capsules, _Views.of([view] * len(limbs) if isinstance(view, View) else view, device))
+    on_cpu = capsules.starts.device.type == "cpu"
+    at_once = tiles_at_once or (_TILES_AT_ONCE_CPU if on_cpu else _TILES_AT_ONCE)
+    return _render(capsules, _Views.of([view] * len(limbs) if isinstance(view, View) else view, device), at_once)
 
 
-def _render(capsules: Capsules, view: _Views) -> tuple[Tensor, Tensor]:
-    keys = _nearest(capsules, view)
+def most_bytes(count: int, capsules: int, height: int, width: int, tiles_at_once: int | None = None) -> int:
+    """The most that `render` takes on a GPU for so many frames of so many limbs, whatever they show; counted on the meta
+    device.
+    """
+    rows, columns, at_once = -(-height // _TILE), -(-width // _TILE), tiles_at_once or _TILES_AT_ONCE
+    with torch.inference_mode(), torch.device("meta"), Alive() as alive:
+        ends = torch.empty(2, count, capsules, 3)
+        is_drawn, colours = torch.empty(count, capsules, dtype=torch.bool), torch.empty(capsules, 3)
+        limbs = Capsules(ends[0], ends[1], is_drawn, colours)
+        view = _Views(height, width, 1.0, torch.empty(count, 4), *torch.empty(3, count))
+        keys = torch.empty(count, height, width, dtype=torch.int64)
+        touched = _touched_tiles(limbs, view)
+        tiles = torch.empty(min(touched.numel(), count * _TILES_PER_TILE * rows * columns), 4, dtype=torch.int64)
+        del touched
+        _enter(keys, tiles[:at_once], _Forms.of(limbs, view.radius), view)
+        del tiles
+        drawn, frames = keys < _MISS << 16, torch.empty(count, height, width, 3, dtype=torch.uint8)
+        pixels = torch.empty(keys.numel(), 3, dtype=torch.int64)
+        _paint(frames, pixels[: at_once * _SHADED_PER_TILE], keys, limbs, view, at_once)
+        del drawn
+    return alive.most
+
+
+def _render(capsules: Capsules, view: _Views, tiles_at_once: int) -> tuple[Tensor, Tensor]:
+    keys = _nearest(capsules, view, tiles_at_once)
     drawn = keys < _MISS << 16
     frames = torch.zeros((*keys.shape, 3), dtype=torch.uint8, device=keys.device)
-    frame, y, x = drawn.nonzero(as_tuple=True)
-    frames[frame, y, x] = _shade(frame, y, x, keys[frame, y, x], capsules, view)
+    _paint(frames, drawn.nonzero(), keys, capsules, view, tiles_at_once)
     return frames, drawn
 
 
+def _paint(frames: Tensor, pixels: Tensor, keys: Tensor, capsules: Capsules, view: _Views, tiles_at_once: int) -> None:
+    """Colours the pixels int64 [M, 3] (frame, y, x) of frames by what is nearest there."""
+    for part in torch.split(pixels, tiles_at_once * _SHADED_PER_TILE):
+        frame, y, x = part.unbind(1)
+        frames[frame, y, x] = _shade(frame, y, x, keys[frame, y, x], capsules, view)
+
+
 def render_clip(
-    limbs: Limbs, view: View, device: torch.device | str = "cpu", chunk_frames: int = 16
+    limbs: Limbs,
+    view: View,
+    device: torch.device | str = "cpu",
+    chunk_frames: int = 16,
+    tiles_at_once: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Renders a clip of any length, so many frames at a time; yields the number of the first frame of each chunk and
     uint8 [up to chunk_frames, height, width, 3] on the device."""
     for begin in range(0, len(limbs), chunk_frames):
-        frames, _ = render(limbs.frames(begin, begin + chunk_frames), view, device)
-        yield begin, frames
+        yield begin, render(limbs.frames(begin, begin + chunk_frames), view, device, tiles_at_once)[0]
 
 
-def _nearest(capsules: Capsules, view: _Views) -> Tensor:
+def _nearest(capsules: Capsules, view: _Views, tiles_at_once: int) -> Tensor:
     """The nearest capsule of every pixel.
 
     Returns:
@@ -166,19 +209,23 @@ def _nearest(capsules: Capsules, view: _Views) -> Tensor:
     keys = torch.full(shape, _MISS << 16, dtype=torch.int64, device=device)
     tiles = _touched_tiles(capsules, view).nonzero()
     forms = _Forms.of(capsules, view.radius)
-    inside = torch.arange(_TILE, device=device)[:, None]
-    at_once = _TILES_AT_ONCE_CPU if device.type == "cpu" else _TILES_AT_ONCE
-    for part in torch.split(tiles, at_once):
-        frame, capsule, row, column = part.unbind(1)
-        # pixels of a tile that stick out of the picture repeat its last row or column
-        y = (row * _TILE + inside).clamp(max=view.height - 1)[:, None]  # [8, 1, K]
-        x = (column * _TILE + inside).clamp(max=view.width - 1)  # [8, K]
-        rays = view.rays(frame, x, y)
-        depth = _entry_depth(*rays, forms.take(frame, capsule), view.radius, view.far[frame])  # [8, 8, K]
-        key = (depth.view(torch.int32).to(torch.int64) << 16) + capsule
-        at = (frame * view.height + y) * view.width + x
-        keys.view(-1).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
+    for part in torch.split(tiles, tiles_at_once):
+        _enter(keys, part, forms, view)
     return keys
+
+
+def _enter(keys: Tensor, tiles: Tensor, forms: _Forms, view: _Views) -> None:
+    """Takes into keys where the rays of tiles int64 [K, 4] (frame, capsule, row, column) enter their capsule."""
+    inside = torch.arange(_TILE, device=keys.device)[:, None]
+    frame, capsule, row, column = tiles.unbind(1)
+    # pixels of a tile that stick out of the picture repeat its last row or column
+    y = (row * _TILE + inside).clamp(max=view.height - 1)[:, None]  # [8, 1, K]
+    x = (column * _TILE + inside).clamp(max=view.width - 1)  # [8, K]
+    rays = view.rays(frame, x, y)
+    depth = _entry_depth(*rays, forms.take(frame, capsule), view.radius, view.far[frame])  # [8, 8, K]
+    key = (depth.view(torch.int32).to(torch.int64) << 16) + capsule
+    at = (frame * view.height + y) * view.width + x
+    keys.view(-1).scatter_reduce_(0, at.flatten(), key.flatten(), "amin")
 
 
 def _touched_tiles(capsules: Capsules, view: _Views) -> Tensor:

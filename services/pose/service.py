@@ -6,6 +6,7 @@ has no pose models starts at once.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from bunraku.errors import InvalidRequest, NotThereYet
 from bunraku.v1 import pose_pb2 as pb
-from bunraku.v1 import pose_pb2_grpc
+from bunraku.v1 import pose_pb2_grpc, stage_pb2
 from runtime.bundles import MASK_BACKENDS, POSE_PRESETS, Bundle
 from runtime.checks import Checks
 from runtime.gpu import raise_if_cancelled
@@ -25,6 +26,7 @@ from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT32, UINT8, WireTensor, require
 from runtime.video import Frame, VideoInfo, VideoLimits, read_frames, read_info
 from services.pose.fit import cover, halve, whole_latents
+from services.pose.people import COMPONENTS, MAX_PEOPLE
 from services.pose.quirks import Strokes
 from services.pose.skeleton import MIN_DEPTH_MM, without_near
 from services.pose.threads import beside_each_other
@@ -36,11 +38,9 @@ if TYPE_CHECKING:
     from services.pose.extract import Drawing, PoseExtractor
     from services.pose.networks import NetworkModels
     from services.pose.persons.masks import PersonMasks
+    from services.pose.plan import KeptPlan
     from services.pose.progress import Progress
 
-COMPONENTS = frozenset({"person_detector", "whole_body_keypoints", "joints_3d"})
-"""Of a bundle, without which people are not found in videos."""
-MAX_PEOPLE = 5
 _SIZE_MULTIPLE, _MAX_SIDE, _MAX_FRAMES = 32, 4096, 10_000
 # SCAIL was made for two latent frames at least
 MIN_FRAMES = 5
@@ -58,8 +58,11 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
 
     full_name = pb.DESCRIPTOR.services_by_name["PoseService"].full_name
 
-    def __init__(self, runtime: StageRuntime, bundle: Bundle) -> None:
+    def __init__(self, runtime: StageRuntime, bundle: Bundle, *, vram_bytes: int | None = None) -> None:
+        """vram_bytes: that the process may use of its GPU; None: all that there is."""
         self._runtime, self._bundle = runtime, bundle
+        self._vram_bytes = vram_bytes if runtime.device.startswith("cuda") else None
+        self._kept: KeptPlan | None = None
         self._extractor: PoseExtractor | None = None
         self._models: NetworkModels
 
@@ -68,15 +71,23 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
 
     def load(self) -> None:
         """Loads the models that find people, if the bundle has them; nothing else here needs any."""
-        if not COMPONENTS & self._bundle.components.keys():
+        if not self._bundle.components.keys() & set(COMPONENTS):
             return
         import torch
 
         from runtime.torch_stage import warming_up
         from services.pose.extract import PoseExtractor
-        from services.pose.models import load_models
+        from services.pose.models import load_models, load_within
 
-        self._models, loaded = load_models(self._bundle, torch.device(self._runtime.device))
+        device = torch.device(self._runtime.device)
+        if self._vram_bytes is None:
+            self._models, loaded = load_models(self._bundle, device)
+        else:
+            clips = self._runtime.limits.max_concurrent
+            self._models, loaded, self._kept = load_within(self._bundle, device, self._vram_bytes, clips)
+            is_streamed = self._kept.plan.masks.is_sam2_streamed
+            mode = stage_pb2.MEMORY_MODE_HYBRID if is_streamed else stage_pb2.MEMORY_MODE_GPU_ONLY
+            self._runtime.memory_mode = mode
         self._extractor = PoseExtractor(self._models, strokes_of(self._bundle))
         self._runtime.components += loaded
         with warming_up(self._runtime):
@@ -119,6 +130,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         mask = require(tensors, "mask_video", (None,), (UINT8,)).data.data if "mask_video" in tensors else None
         reference = _reference_image(tensors) if "reference_image" in tensors else None
         backend = self._mask_backend(extractor, parameters)
+        await asyncio.to_thread(self._check_room, parameters)
         limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
         info = _pose_info(await self._runtime.gpu.run(lambda: read_info(video, "video", limits)), parameters.max_frames)
         if mask is not None:
@@ -160,6 +172,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
     ) -> Iterator[list[WireTensor]]:
         import torch
 
+        from services.pose.clip import whole_batch
         from services.pose.extract import Drawing, draw
         from services.pose.habits import HABITS
 
@@ -167,7 +180,9 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         drawing = Drawing(joints, keypoints, Drawing.plain_camera(height, width) if camera is None else camera)
         quirks = HABITS[self._preset(parameters)].pose
         device = torch.device(self._runtime.device)
-        for frames in draw(drawing, height, width, quirks, strokes_of(self._bundle), device):
+        whole = whole_batch(height, width, on_gpu=device.type != "cpu")
+        batch = whole if self._extractor is None else self._models.batch(height, width)
+        for frames in draw(drawing, height, width, quirks, strokes_of(self._bundle), device, batch):
             yield _drawn_tensors(frames, frames.cpu().numpy() if parameters.full_size else None)
 
     def _preset(self, parameters: pb.ExtractPoseParameters | pb.RenderPoseParameters) -> str:
@@ -180,10 +195,23 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
             NotThereYet: it was asked for by name, and the bundle does not have it.
         """
         backends, asked = extractor.mask_backends, parameters.mask_backend
-        if asked and asked not in backends:
+        left_out = () if self._kept is None else self._kept.plan.left_out
+        if asked and asked not in (*backends, *left_out):
             has = ", ".join(backends) or "none"
             raise NotThereYet(f"mask_backend {asked}: bundle {self._bundle.name} has {has}", reason="NO_MASK_BACKEND")
         return backends.get(asked or self._bundle.pose.mask_backend)
+
+    def _check_room(self, parameters: pb.ExtractPoseParameters) -> None:
+        """Looks whether a clip has room on the GPU; where its size is new, that counts for seconds.
+
+        Raises:
+            OutOfMemory: it has not, or the masks that it asks for have not.
+        """
+        size, people = (parameters.height, parameters.width), parameters.people
+        self._models.batch(*size)
+        backend = parameters.mask_backend or self._bundle.pose.mask_backend
+        if self._kept is not None and people > 1 and (parameters.mask_backend or backend in self._models.masks):
+            self._kept.check_masks(backend, people, *size)
 
 
 def strokes_of(bundle: Bundle) -> Strokes:

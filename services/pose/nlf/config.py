@@ -58,6 +58,27 @@ class HeadSizes:
 
 
 @dataclass(frozen=True)
+class NlfSizes:
+    """All that the bytes of an estimator follow from; the defaults are those of the released nlf_l_multi_0.3.2.
+
+    Attributes:
+        num_points: of the body, all of which are located.
+    """
+
+    config: NlfConfig = NlfConfig(proc_side=384, stride=32, centered_stride=True, depth=8, box_size_m=2.2)
+    head: HeadSizes = HeadSizes(
+        in_channels=1280,
+        link_dim=512,
+        fourier_dim=512,
+        gps_hidden_dim=2048,
+        gps_dim=1024,
+        field_dim=1024,
+        field_hidden_dim=384,
+    )
+    num_points: int = 1048
+
+
+@dataclass(frozen=True)
 class NlfQuirks:
     """Habits of the released programs that look like mistakes; `QUIRKS` has them as each program does.
 

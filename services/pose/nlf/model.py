@@ -6,7 +6,7 @@ distance and plausibility follow from all, and the last 24 are the joints. No bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ class NlfEstimator:
 
     Args:
         canonical_points: float32 [P, 3], metres; the last 24 are the SMPL joints.
-        batch_size: the most frames, and the most crops, that are on the device at once.
+        batch_size: the most frames, and the most crops, that make a batch.
+        crops_at_once: of a batch, that are on the device at once; None: all.
     """
 
     def __init__(
@@ -93,9 +94,11 @@ class NlfEstimator:
         *,
         quirks: NlfQuirks | None = None,
         batch_size: int = _BATCH_SIZE,
+        crops_at_once: int | None = None,
     ) -> None:
         self.config, self.model, self.canonical_points = config, model, canonical_points
         self.quirks, self.batch_size = quirks or NlfQuirks(), batch_size
+        self.crops_at_once = min(crops_at_once or batch_size, batch_size)
 
     @torch.inference_mode()
     def estimate(self, frames: Tensor, boxes: Sequence[Tensor], intrinsics: Tensor | None = None) -> Tensor:
@@ -151,16 +154,22 @@ class NlfEstimator:
         of_box = intrinsics.to(all_boxes).expand(len(frames), 3, 3)[frame_of_box.to(all_boxes.device)]
         cameras = look_at(all_boxes, of_box, self.config.proc_side)
         weights = self.model.heatmap_head.point_weights(self.canonical_points.to(device))
-        batches = [slice(start, start + self.batch_size) for start in range(0, len(frame_of_box), self.batch_size)]
         found = [
             self._batch(frames, frame_of_box[chosen], of_box[chosen], cameras[chosen], weights, turn)
-            for turn, chosen in enumerate(batches)
+            for turn, chosen in self._portions(len(frame_of_box))
         ]
         return Poses(
             torch.cat([batch.millimetres for batch in found]),
             torch.cat([batch.pixels for batch in found]),
             torch.cat([batch.uncertainties for batch in found]),
         )
+
+    def _portions(self, count: int) -> Iterator[tuple[int, slice]]:
+        """Which of so many crops are on the device together, and of which batch they are."""
+        for turn, start in enumerate(range(0, count, self.batch_size)):
+            end = min(start + self.batch_size, count)
+            for first in range(start, end, self.crops_at_once):
+                yield turn, slice(first, min(first + self.crops_at_once, end))
 
     def _batch(
         self,
@@ -171,7 +180,7 @@ class NlfEstimator:
         weights: PointWeights,
         turn: int,
     ) -> Poses:
-        """The people of one batch, number `turn` of the call."""
+        """Some people of one batch, number `turn` of the call."""
         device = self.model.device
         crops = self.crops(frames, frame_of_crop, intrinsics, cameras, turn)
         in_crop, uncertainties = self.model(crops, cameras.intrinsics.to(device), weights)
@@ -189,7 +198,7 @@ class NlfEstimator:
             frames: uint8 [num_frames, H, W, 3].
             frame_of_crop: int64 [n].
             intrinsics: [n, 3, 3] of the crops' frames.
-            turn: number of this batch in the call; it matters for one of the quirks alone.
+            turn: number of their batch in the call; it matters for one of the quirks alone.
         """
         used, picture_of_crop = torch.unique(frame_of_crop, return_inverse=True)
         pictures = linear_light(frames[used.to(frames.device)].to(self.model.device), self._crop_dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from runtime.weights import CheckpointMismatch, build_on_meta, load_weights, mismatches, read_checkpoint
 from services.pose.nlf.backbone import BACKBONES, OUT_CHANNELS, efficientnet
-from services.pose.nlf.config import HeadSizes, NlfConfig, NlfQuirks
+from services.pose.nlf.config import HeadSizes, NlfConfig, NlfQuirks, NlfSizes
 from services.pose.nlf.model import NUM_JOINTS, CropModel, NlfEstimator
 
 _PREFIX = "crop_model."
@@ -71,6 +71,36 @@ def load_nlf(
     points = canonical_points(tensors, source=file.name)
     model = crop_model(tensors, config, device=device, dtype=dtype, source=file.name)
     return NlfEstimator(config, model, points.to(device, torch.float32), quirks=quirks)
+
+
+def sizes_of(file: Path) -> NlfSizes:
+    """What the bytes of an estimator follow from, of a released one; raises as `load_nlf`."""
+    tensors = read_checkpoint([file])
+    shapes = {name: tensor.shape for name, tensor in network_weights(tensors).items()}
+    head = replace(head_sizes(shapes, source=file.name), in_channels=OUT_CHANNELS)
+    points = canonical_points(tensors, source=file.name)
+    return NlfSizes(config_of(read_settings(file), source=file.name), head, len(points))
+
+
+def unloaded_nlf(sizes: NlfSizes, dtype: torch.dtype) -> NlfEstimator:
+    """An estimator on the meta device, of `dtype` as for `load_nlf`: what its bytes are counted with."""
+    config = sizes.config
+
+    def build() -> CropModel:
+        return CropModel(
+            config, sizes.head, efficientnet(BACKBONES[config.backbone], centered_stride=config.centered_stride)
+        )
+
+    model = in_precision(build_on_meta(build), dtype)
+    return NlfEstimator(config, model.eval(), torch.empty(sizes.num_points, 3, device="meta"))
+
+
+def in_precision(model: CropModel, dtype: torch.dtype) -> CropModel:
+    """The model with backbone and the head's first layer in `dtype`, the weight field in float32."""
+    model.backbone.to(dtype)
+    model.heatmap_head.layer.to(dtype)
+    model.heatmap_head.weight_field.float()
+    return model
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -135,11 +165,7 @@ def crop_model(
         )
     model = build_on_meta(lambda: CropModel(config, sizes, features))
     load_weights(model, _completed(named, model), source=source)
-    model.to(device)
-    model.backbone.to(dtype)
-    model.heatmap_head.layer.to(dtype)
-    model.heatmap_head.weight_field.float()
-    return model.eval()
+    return in_precision(model.to(device), dtype).eval()
 
 
 def checkpoint_problems(shapes: Mapping[str, Sequence[int]], backbone: str = NlfConfig.backbone) -> list[str]:

@@ -83,7 +83,13 @@ class Sam2Network(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.sam.device
+        return self.sam.no_memory_embedding.device  # of what is always where it computes, other than its blocks
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Those of the image encoder, one after the other: nearly all of the weights."""
+        blocks: nn.ModuleList = self.sam.vision_encoder.backbone.blocks
+        return blocks
 
 
 class Sam2Masks:

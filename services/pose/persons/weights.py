@@ -131,9 +131,13 @@ def load_matanyone_masks(
     matanyone_files: Sequence[Path],
     *,
     device: torch.device,
+    segmenter_device: torch.device | None = None,
     propagation: PropagationConfig | None = None,
 ) -> MatAnyoneMasks:
     """Reads Segment Anything and MatAnyone; says in the log that the latter is for non-commercial use only.
+
+    Args:
+        segmenter_device: where Segment Anything computes, which looks at one frame of a clip; None: on `device`.
 
     Raises:
         CheckpointMismatch: names or shapes that do not fit.
@@ -141,7 +145,10 @@ def load_matanyone_masks(
     """
     _log.warning(NON_COMMERCIAL_NOTICE)
     segmenter = segmenter_model(
-        read_checkpoint(segmenter_files), segmenter_config, device=device, source=_names(segmenter_files)
+        read_checkpoint(segmenter_files),
+        segmenter_config,
+        device=segmenter_device or device,
+        source=_names(segmenter_files),
     )
     network = matanyone_network(
         read_checkpoint(matanyone_files), MatAnyoneConfig(), device=device, source=_names(matanyone_files)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from bunraku.errors import OutOfMemory
+from services.pose.clip import Batch
 from services.pose.nlf.config import NlfQuirks
 from services.pose.people import largest
 from services.pose.persons.masks import PersonMasks
@@ -62,16 +64,25 @@ class DrawnModels:
     Attributes:
         scores: of the boxes of each person.
         unlocated: numbers of frames in which nobody's joints are found.
+        together: how much they are asked at once.
+        refusing: what they say of clips, that have no room then.
     """
 
     scores: Mapping[int, float] = field(default_factory=lambda: {ANN: 0.8, BEN: 0.9})
     unlocated: Sequence[int] = ()
     masks: Mapping[str, PersonMasks] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    together: Batch = field(default_factory=lambda: Batch(4))
+    refusing: str = ""
     batches: list[int] = field(default_factory=list)
     phantoms: list[bool] = field(default_factory=list)
     shown: list[Frame] = field(default_factory=list)
     quirks: list[NlfQuirks] = field(default_factory=list)
+
+    def batch(self, height: int, width: int) -> Batch:
+        if self.refusing:
+            raise OutOfMemory(self.refusing)
+        return self.together
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
         self.batches.append(len(frames))

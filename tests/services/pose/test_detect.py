@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from services.pose.detect import YoloxConfig, YoloxDetector, candidates, iou, letterbox, suppress
-from services.pose.onnx import OnnxNetwork, OnnxSettings, WrongNetwork
+from services.pose.onnx import OnnxNetwork, OnnxSettings
+from services.pose.onnx_file import WrongNetwork
 from training.tiny_onnx import PERSON_SCORE, Graph, detector, whole_body
 
 SETTINGS = OnnxSettings(device="cpu", num_threads=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bunraku.errors import InvalidRequest
 from services.pose.bridging import bridge_joints
-from services.pose.clip import Clip
+from services.pose.clip import Batch, Clip
 from services.pose.extract import Drawing, PoseExtractor, draw
 from services.pose.habits import HABITS
 from services.pose.nlf.config import QUIRKS
@@ -57,7 +57,7 @@ def extract(
     preset: str = "recommended",
     people: int = 1,
 ) -> list[Any]:
-    extractor = PoseExtractor(models or DrawnModels(), batch_frames=4)
+    extractor = PoseExtractor(models or DrawnModels())
     return list(extractor.extract(clip_of(frames), reference, HABITS[preset], people=people))
 
 
@@ -89,7 +89,7 @@ def test_steps_come_in_order_and_count_up_to_all_frames() -> None:
         ("track", 9),
         *[("joints", n) for n in (4, 8, 9)],
         ("align", 9),
-        ("render", 9),
+        *[("render", n) for n in (4, 8, 9)],
     ]
     assert {item.total_frames for item in items if isinstance(item, Progress)} == {9}
     assert all(item.bridged_frames == () for item in items if isinstance(item, Progress))
@@ -98,7 +98,7 @@ def test_steps_come_in_order_and_count_up_to_all_frames() -> None:
 def test_frames_are_read_twice_and_held_a_few_at_a_time() -> None:
     reads: list[int] = []
     models = DrawnModels()
-    extractor = PoseExtractor(models, batch_frames=4)
+    extractor = PoseExtractor(models)
     for item in extractor.extract(clip_of(walking(9), reads), REFERENCE, HABITS["recommended"]):
         if isinstance(item, Progress) and item.step == "detect":
             # while it is found out who is who in this batch, people are found in the next and that after it is read
@@ -143,7 +143,8 @@ def test_a_reference_of_another_size_is_fitted_first() -> None:
 def test_the_drawing_drawn_again_gives_the_same_frames() -> None:
     for reference in (REFERENCE, NOBODY):
         items = extract(walking(9, without=[4]), reference=reference)
-        again = list(draw(drawing(items), HEIGHT, WIDTH, HABITS["recommended"].pose, Strokes(), DrawnModels().device))
+        habits, device = HABITS["recommended"].pose, DrawnModels().device
+        again = list(draw(drawing(items), HEIGHT, WIDTH, habits, Strokes(), device, Batch(3)))
         np.testing.assert_array_equal(np.concatenate(again), pictures(items))
 
 

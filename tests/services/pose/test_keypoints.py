@@ -20,7 +20,8 @@ from services.pose.keypoints import (
     split,
     to_frame,
 )
-from services.pose.onnx import OnnxNetwork, OnnxSettings, WrongNetwork
+from services.pose.onnx import OnnxNetwork, OnnxSettings
+from services.pose.onnx_file import WrongNetwork
 from training.tiny_onnx import Graph, colours, detector, whole_body
 
 # OpenPose's body, by the names of COCO's; the neck has none there

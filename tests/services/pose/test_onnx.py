@@ -20,7 +20,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as states
 from bunraku.errors import OutOfMemory, StageBroken
 from runtime.bundles import BundleError
 from runtime.gpu import GpuThread, device_fault
-from services.pose.onnx import OnnxNetwork, OnnxSettings, Pictures, WrongNetwork, count_parameters, providers
+from services.pose.onnx import OnnxNetwork, OnnxSettings, Pictures, providers
+from services.pose.onnx_file import OnnxSizes, WrongNetwork, count_parameters
 from training.tiny_onnx import Graph, write_networks
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
@@ -276,6 +277,40 @@ def test_memory_that_is_short_is_said_so() -> None:
         network.run_on_device(torch.from_numpy(pictures(1)))
 
 
+def arena_of(most: int) -> Callable[[Pictures], None]:
+    """Does as an arena that has room for so many pictures."""
+
+    def act(pictures: Pictures) -> None:
+        if len(pictures) > most:
+            raise states.RuntimeException("Available memory of 256 is smaller than requested bytes of 512")
+
+    return act
+
+
+@pytest.mark.parametrize(("room", "together"), [(8, 8), (7, 4), (2, 2), (1, 1)])
+def test_as_many_pictures_run_together_as_limited_memory_has_room_for(room: int, together: int) -> None:
+    session = FakeSession(act=arena_of(room))
+    network = OnnxNetwork(session, "fake", is_limited=True)
+    assert network.batch == together
+    session.runs.clear()
+    outputs = network.run(pictures(10))
+    np.testing.assert_allclose(outputs["mean"], pictures(10).mean(axis=(1, 2, 3)), rtol=1e-6)
+    assert max(session.runs) == together
+
+
+def test_limited_memory_without_room_for_one_picture_is_said_so() -> None:
+    with pytest.raises(OutOfMemory, match="smaller than requested bytes of 512"):
+        OnnxNetwork(FakeSession(act=arena_of(0)), "fake", is_limited=True)
+
+
+def test_an_arena_is_limited_where_the_settings_say_so() -> None:
+    [(_, limited), _] = providers(OnnxSettings(device="cuda", arena_bytes=12345), [CUDA, CPU])
+    assert limited["gpu_mem_limit"] == "12345"
+    assert limited["arena_extend_strategy"] == "kSameAsRequested"
+    [(_, free), _] = providers(OnnxSettings(device="cuda"), [CUDA, CPU])
+    assert not {"gpu_mem_limit", "arena_extend_strategy"} & free.keys()
+
+
 def test_a_fault_of_the_device_is_known_to_the_stage() -> None:
     network = OnnxNetwork(FakeSession(act=failing("CUDA failure 700: an illegal memory access")), "fake")
     with pytest.raises(RuntimeError) as caught:
@@ -327,3 +362,14 @@ def test_the_weights_of_a_file_are_counted(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(WrongNetwork, match=r"network\.onnx is not an ONNX file"):
             count_parameters(file)
+
+
+def test_the_size_of_pictures_is_read_off_the_file(load: Callable[..., OnnxNetwork], tmp_path: Path) -> None:
+    network = load(doubling("any"))
+    assert OnnxSizes.of(tmp_path / "network.onnx") == OnnxSizes(0, network.height, network.width)
+    load(doubling(3))
+    assert OnnxSizes.of(tmp_path / "network.onnx") == OnnxSizes(0, 2, 4)
+    write_networks(tmp_path)
+    network = OnnxNetwork.load(tmp_path / "whole_body.onnx", SETTINGS)
+    sizes = OnnxSizes.of(tmp_path / "whole_body.onnx")
+    assert (sizes.height, sizes.width) == (network.height, network.width)

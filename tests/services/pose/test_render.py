@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import tests.parity.pose_render  # noqa: F401 (registers the checks)
+from runtime.alive import Alive
 from services.pose import render as module
 from services.pose import skeleton
-from services.pose.render import DepthRange, View, render, render_clip
+from services.pose.render import DepthRange, View, most_bytes, render, render_clip
 from services.pose.skeleton import Camera, Limbs, limbs_of
 from tests.parity.cases import Case
 from tests.parity.families import check_for
@@ -213,6 +214,21 @@ def test_tiles_taken_a_few_at_a_time_give_the_same_frames(monkeypatch: pytest.Mo
     whole, _ = render(limbs, view)
     monkeypatch.setattr(module, "_TILES_AT_ONCE_CPU", 7)
     assert (render(limbs, view)[0] == whole).all()
+
+
+@pytest.mark.parametrize("distance_mm", [2600, 60])
+def test_no_more_is_taken_than_was_counted_however_much_is_shown(distance_mm: int) -> None:
+    joints = standing(frames=3, people=2)
+    joints[..., 2] += (distance_mm - joints[..., 2].min()) * joints.any(axis=-1)
+    limbs = limbs_of(joints)
+    view = view_of(limbs, 48, 64)
+    most = most_bytes(3, limbs.starts.shape[1], 48, 64, tiles_at_once=40)
+    with Alive() as alive:
+        frames, drawn = render(limbs, view, tiles_at_once=40)
+    assert torch.equal(frames, render(limbs, view)[0])
+    assert alive.most < most
+    if drawn.float().mean() > 0.5:
+        assert alive.most > 0.6 * most
 
 
 def test_brightness_follows_the_range_of_the_whole_clip() -> None:

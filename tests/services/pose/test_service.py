@@ -17,18 +17,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from bunraku.errors import NotThereYet
+from bunraku.errors import NotThereYet, OutOfMemory
 from bunraku.v1 import pose_pb2 as pb
 from bunraku.v1 import stage_pb2
 from runtime.bundles import Bundle, BundleComponent, BundleError, Pose, load_bundle
 from runtime.client import Budget
 from runtime.gpu import WorkCancelled, raise_if_cancelled
+from runtime.stage import StageRuntime
 from runtime.tensors import FLOAT16, UINT8, WireTensor
 from runtime.video import Frame, Source, VideoLimits
+from services.pose.__main__ import PoseSettings
+from services.pose.clip import Batch
 from services.pose.fit import cover, halve
 from services.pose.nlf.config import QUIRKS
 from services.pose.nlf.head import PointWeights
+from services.pose.plan import KeptPlan, Masks, Networks, PoseMemory, plan_pose
 from services.pose.service import PoseService, strokes_of
+from tests.parity.cases import Case
+from tests.parity.pose_persons import sam2_config
 from tests.services.pose.drawn import (
     ANN,
     ANN_BOX,
@@ -49,6 +55,7 @@ from tests.services.serving import BUNDLE_TOML, Answers, Served, serving, until
 from training.tiny_onnx import write_networks
 
 LIMITS = VideoLimits()
+SAM2 = sam2_config(Case("sam2", Path(__file__).resolve().parents[2] / "goldens").config)
 Stage = Served[PoseService]
 NETWORKS = {"person_detector": "detector.onnx", "whole_body_keypoints": "whole_body.onnx", "joints_3d": "nlf"}
 
@@ -205,7 +212,7 @@ def driving(frames: list[Frame], reference: Frame | None = None) -> list[WireTen
 @pytest.fixture
 def models(monkeypatch: pytest.MonkeyPatch) -> DrawnModels:
     """What a bundle's pose models are loaded as."""
-    models = DrawnModels()
+    models = DrawnModels(together=Batch(16))
     monkeypatch.setattr("services.pose.models.load_models", lambda *_: (models, []))
     return models
 
@@ -342,6 +349,52 @@ async def test_a_mask_backend_that_the_bundle_lacks_is_said_so(pose_bundle: Bund
         with pytest.raises(NotThereYet, match="mask_backend matanyone: bundle test has none") as error:
             await pose.ask("ExtractPose", extraction(mask_backend="matanyone"), driving(walking(5)))
     assert error.value.reason == "NO_MASK_BACKEND"
+
+
+async def test_what_there_is_no_room_for_is_refused_with_the_numbers(pose_bundle: Bundle, models: DrawnModels) -> None:
+    memory = PoseMemory(Networks())
+    plan = replace(plan_pose(memory, 512, 896, 2 * 1024**3), left_out=("sam2",))
+    async with stage(pose_bundle) as pose:
+        pose.service._kept = KeptPlan(replace(memory, networks=Networks(sam2=SAM2)), plan, 2 * 1024**3)
+        with pytest.raises(
+            OutOfMemory, match=r"masks of 2 people .* by sam2 take \d\.\d\d GiB; the budget is 2\.00 GiB"
+        ):
+            await pose.ask("ExtractPose", extraction(people=2, mask_backend="sam2"), driving(walking(5)))
+        models.refusing = "poses of 96x64 take 9 GiB"
+        with pytest.raises(OutOfMemory, match="take 9 GiB"):
+            await pose.ask("ExtractPose", extraction(), driving(walking(5)))
+
+
+async def test_the_stage_reads_how_much_it_may_take(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
+    monkeypatch.setenv("BUNRAKU_VRAM", "3GiB")
+    assert PoseSettings().vram == 3 * 1024**3
+    monkeypatch.delenv("BUNRAKU_VRAM")
+    assert PoseSettings().vram is None
+    for device, vram_bytes in (("cpu", None), ("cuda:0", 5)):
+        runtime = StageRuntime("pose", bundle, device=device)
+        assert PoseService(runtime, bundle, vram_bytes=5)._vram_bytes == vram_bytes
+        runtime.gpu.shutdown()
+
+
+async def test_a_budget_is_what_the_networks_are_loaded_within(
+    pose_bundle: Bundle, models: DrawnModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    memory = PoseMemory(Networks())
+    plan = plan_pose(memory, 512, 896, 2 * 1024**3)
+    kept = KeptPlan(memory, replace(plan, masks=Masks(is_sam2_streamed=True)), 2 * 1024**3)
+
+    def load_within(bundle: Bundle, device: object, budget: int, clips: int) -> tuple[DrawnModels, list[Any], KeptPlan]:
+        asked.append((budget, clips))
+        return models, [], kept
+
+    monkeypatch.setattr("services.pose.models.load_within", load_within)
+    async with stage(pose_bundle, load=False) as pose:
+        pose.service._vram_bytes = 12345
+        pose.service.load()
+        assert pose.runtime.memory_mode == stage_pb2.MEMORY_MODE_HYBRID
+    assert asked == [(12345, pose.runtime.limits.max_concurrent)]
 
 
 async def test_frames_of_full_size_come_on_black_or_over_the_video(pose_bundle: Bundle, models: DrawnModels) -> None:

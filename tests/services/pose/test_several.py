@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bunraku.errors import InvalidRequest
-from services.pose.clip import Clip
+from services.pose.clip import Batch, Clip
 from services.pose.extract import Drawing, PoseExtractor
 from services.pose.habits import HABITS
 from services.pose.nlf.config import NlfQuirks
@@ -65,6 +65,9 @@ class Models:
 
     def __post_init__(self) -> None:
         self._drawn = {drawn.frame.tobytes(): drawn for drawn in self.clip}
+
+    def batch(self, height: int, width: int) -> Batch:
+        return Batch(4)
 
     def people(self, frames: Sequence[Frame], *, phantom: bool) -> list[list[Person]]:
         return [self._people(self._drawn[frame.tobytes()]) for frame in frames]
@@ -119,9 +122,7 @@ def extract(
     models = Models(clip)
     driving = Clip(lambda: iter([drawn.frame for drawn in clip]), len(clip), HEIGHT, WIDTH, RATE)
     items: list[Any] = []
-    for item in PoseExtractor(models, batch_frames=4).extract(
-        driving, None, HABITS[preset], people=people, backend=masks
-    ):
+    for item in PoseExtractor(models).extract(driving, None, HABITS[preset], people=people, backend=masks):
         items.append(item)
         if isinstance(item, Drawing):
             break

@@ -62,6 +62,18 @@ def test_cameras_may_be_given_once_or_per_frame() -> None:
     assert torch.equal(model.estimate(frames, BOXES, mixed)[2:], model.estimate(frames, BOXES)[2:])
 
 
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_crops_taken_a_few_at_a_time_change_nothing(preset: str) -> None:
+    frames = random_frames(3)
+    whole, model = KnownAnswers(), KnownAnswers()
+    expected = estimator(whole, quirks=QUIRKS[preset], batch_size=2).poses(frames, BOXES)
+    few = estimator(model, quirks=QUIRKS[preset], batch_size=2, crops_at_once=1)
+    found = few.poses(frames, BOXES)
+    assert [len(crops) for crops in model.crops] == [1, 1, 1]
+    assert torch.equal(torch.cat(model.crops), torch.cat(whole.crops))  # negatives are those of the same batches
+    assert torch.equal(found.millimetres, expected.millimetres)
+
+
 def test_joints_are_the_last_24_points() -> None:
     model = estimator(crop_model())
     poses = model.poses(random_frames(3), BOXES)

@@ -55,9 +55,20 @@ class KnownAnswers(nn.Module):
 
 
 def estimator(
-    model: nn.Module, config: NlfConfig = CONFIG, quirks: NlfQuirks | None = None, batch_size: int = 64
+    model: nn.Module,
+    config: NlfConfig = CONFIG,
+    quirks: NlfQuirks | None = None,
+    batch_size: int = 64,
+    crops_at_once: int | None = None,
 ) -> NlfEstimator:
-    return NlfEstimator(config, model, canonical_points(), quirks=quirks, batch_size=batch_size)  # type: ignore[arg-type]  # stands in for CropModel
+    return NlfEstimator(
+        config,
+        model,  # type: ignore[arg-type]  # stands in for CropModel
+        canonical_points(),
+        quirks=quirks,
+        batch_size=batch_size,
+        crops_at_once=crops_at_once,
+    )
 
 
 def random_frames(num_frames: int, height: int = 60, width: int = 80, seed: int = 2) -> Tensor:
