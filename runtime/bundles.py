@@ -255,7 +255,9 @@ def _bundle(entries: dict[str, Any], root: Path, revision: str) -> Bundle:
 def _component(name: str, entry: dict[str, Any], root: Path) -> BundleComponent:
     files = tuple(root / file for file in entry.pop("files"))
     tokenizer = entry.pop("tokenizer", None)
-    loras = tuple(Lora(root / lora.pop("file"), **lora) for lora in entry.pop("loras", ()))
+    loras = tuple(
+        Lora(root / lora.pop("file"), **lora) for lora in _tables(f"components.{name}.loras", entry.pop("loras", []))
+    )
     return BundleComponent(
         name,
         files,
@@ -265,6 +267,12 @@ def _component(name: str, entry: dict[str, Any], root: Path) -> BundleComponent:
         loras=loras,
         **entry,
     )
+
+
+def _tables(name: str, entry: Any) -> list[dict[str, Any]]:
+    if not isinstance(entry, list) or not all(isinstance(each, dict) for each in entry):
+        raise ValueError(f"{name} must be tables, each under [[{name}]], got {entry!r}")
+    return entry
 
 
 def _check(bundle: Bundle) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_LARGE_BYTES = 2**20  # of a tensor that is worth a file of its own
+
 
 class FilePiece:
     """Bytes in a file of their own.
@@ -53,3 +55,15 @@ class FilePiece:
                 raise OSError(f"an offloaded piece of {len(view)} bytes ends after {done}")
             done += count
         return into
+
+
+def in_file(tensor: Tensor, folder: Path) -> Tensor:
+    """The same numbers in a file that goes with the last view of them, out of the process's resident memory until they
+    are read; small tensors as they are. Raises OSError as `FilePiece`.
+    """
+    if tensor.nbytes < _LARGE_BYTES:
+        return tensor
+    piece = FilePiece(tensor.nbytes, folder)
+    copy = piece.tensor.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    piece.drop()
+    return copy

@@ -168,15 +168,18 @@ class BlockStreamer:
 
         Raises OSError where a file cannot be read, and TimeoutError where that takes too long.
         """
-        if index not in self._held:  # the first call, or the first after a run that was cancelled half-way
-            for place in range(len(self._places)):
-                self._load((index + place) % len(self._pieces), place)
+        due = [(index + ahead) % len(self._pieces) for ahead in range(len(self._places))]
+        if not set(due) <= set(self._held):  # the first call, or the first after a run that was cancelled half-way
+            for place, following in enumerate(due):
+                self._load(following, place)
         place = self._held.index(index)
         if (reading := self._reading[place]) is not None:
             try:
                 reading.result(_READ_S)
-            except BaseException:
+            except BaseException as error:
                 self._held[place] = None  # the next call tries again
+                if isinstance(error, TimeoutError) and not reading.done():
+                    raise TimeoutError(f"an offloaded piece was not read within {_READ_S:g} s") from error
                 raise
         if (ready := self._ready[place]) is not None:
             torch.cuda.current_stream(self._device).wait_event(ready)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -110,8 +110,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise FileNotFoundError(f"checkpoint file {path} does not exist")
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: keys() is its only listing)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: keys() is its only listing)
+        except SafetensorError as error:  # which does not say of what file
+            raise CheckpointMismatch(f"{path.name} is no whole safetensors file: {error}") from error
     if path.suffix in (".pth", ".pt"):
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

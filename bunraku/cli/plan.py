@@ -173,7 +173,7 @@ def _cells(found: MemoryPlan, weights: Weights) -> list[str]:
         f"{found.resident} of {weights.num_blocks}",
         str(found.tokens_at_once or "all"),
         f"{found.device_bytes / GIB:.2f} GiB",
-        f"{found.host_bytes / GIB:.1f} GiB",
+        f"{found.most_host_bytes / GIB:.1f} GiB",
         f"{found.streamed_bytes / GIB:.1f} GiB",
     ]
 
@@ -182,7 +182,9 @@ def _show_one(found: MemoryPlan, weights: Weights) -> None:
     blocks, pieces, peak, host, streamed = _cells(found, weights)
     typer.echo(f"blocks on the device: {blocks}")
     typer.echo(f"tokens at once in the token-wise parts: {pieces}")
-    typer.echo(f"peak on the device: {peak}; pinned host memory: {host}; streamed in each forward pass: {streamed}")
+    typer.echo(
+        f"peak on the device: {peak}; most pinned host memory: {host}; streamed in each forward pass: {streamed}"
+    )
     if found.disk_bytes:
         disk, beside = found.disk_bytes / GIB, found.host_bytes_with_disk / GIB
         typer.echo(f"with an offload folder: {disk:.1f} GiB of it, and {beside:.1f} GiB of pinned host memory")

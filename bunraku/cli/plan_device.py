@@ -29,7 +29,7 @@ class Share:
     stage: str
     vram_bytes: int
     words: str
-    host_bytes: int  # pinned for it
+    host_bytes: int  # at most
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -178,7 +178,7 @@ class _Denoiser:
         from services.denoiser.plan import plan_memory
 
         plan = plan_memory(self._weights, self._config, self._tokens, vram_bytes, self._branches)
-        return Share("denoiser", vram_bytes, plan.words(self._weights.num_blocks), plan.host_bytes)
+        return Share("denoiser", vram_bytes, plan.words(self._weights.num_blocks), plan.most_host_bytes)
 
 
 def _raised(share: int, wanted: int, left: int) -> tuple[int, int]:

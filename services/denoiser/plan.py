@@ -46,10 +46,16 @@ class MemoryPlan:
     is_whole: bool  # everything stays, what computes once per request or step too
     tokens_at_once: int  # of the token-wise parts; 0: all
     device_bytes: int  # the peak, the driver's own included
-    host_bytes: int  # pinned
+    host_bytes: int  # pinned for good
     streamed_bytes: int  # host to device in each forward pass
-    disk_bytes: int = 0  # with an offload folder; then of host memory:
-    host_bytes_with_disk: int = 0
+    disk_bytes: int = 0  # with an offload folder, in which all blocks are before some go to the device
+    host_bytes_with_disk: int = 0  # pinned then
+    loading_host_bytes: int = 0  # without one, while loading: blocks that go to the device pass through host memory
+
+    @property
+    def most_host_bytes(self) -> int:
+        """What a host must have room for, without an offload folder."""
+        return max(self.host_bytes, self.loading_host_bytes)
 
     def words(self, num_blocks: int) -> str:
         """What a log says of it, of a transformer of so many blocks."""
@@ -74,7 +80,9 @@ def plan_memory(
     for piece in (tokens, *_shorter_pieces(tokens)[:2]):  # long pieces cost less than streaming
         needed = _whole(weights, config, tokens, piece, cached_branches)
         if budget is None or needed <= budget:
-            return MemoryPlan(weights.num_blocks, True, 0 if piece == tokens else piece, needed, 0, 0)
+            loading = 0 if budget is None else _through_the_host(weights)
+            at_once = 0 if piece == tokens else piece
+            return MemoryPlan(weights.num_blocks, True, at_once, needed, 0, 0, loading_host_bytes=loading)
     assert budget is not None
     for piece in _shorter_pieces(tokens):
         beside = _beside_blocks(weights, config, tokens, piece, cached_branches)
@@ -99,6 +107,11 @@ def least_bytes(weights: Weights, config: TransformerConfig, tokens: int, cached
 
 def _shorter_pieces(tokens: int) -> list[int]:
     return [piece for piece in PIECES if piece < tokens] or [tokens]
+
+
+def _through_the_host(weights: Weights) -> int:
+    """Bytes of all that is in host memory before it is decided what goes to the device."""
+    return weights.num_blocks * (weights.block + weights.context) + weights.on_demand_together
 
 
 def _places(weights: Weights) -> int:
@@ -134,17 +147,18 @@ def _beside_blocks(weights: Weights, config: TransformerConfig, tokens: int, pie
 def _streamed(weights: Weights, config: TransformerConfig, piece: int, needed: int, resident: int) -> MemoryPlan:
     streamed = weights.num_blocks - resident
     keys = weights.num_blocks * context_keys(config)
-    blocks = streamed * weights.block + weights.num_blocks * weights.context
+    context = weights.num_blocks * weights.context
     beside = weights.on_demand_together + _BRANCHES * keys
     return MemoryPlan(
         resident=resident,
         is_whole=False,
         tokens_at_once=piece,
         device_bytes=needed + resident * weights.block,
-        host_bytes=blocks + beside,
+        host_bytes=streamed * weights.block + context + beside,
         streamed_bytes=streamed * weights.block + weights.each_step + keys,
-        disk_bytes=blocks,
+        disk_bytes=weights.num_blocks * weights.block + context,
         host_bytes_with_disk=_PLACES * weights.block + beside,
+        loading_host_bytes=_through_the_host(weights),
     )
 
 

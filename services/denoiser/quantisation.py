@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.weights import CheckpointMismatch
+from services.denoiser.attention import Attended
 from services.denoiser.model import Linear
 
 DATA, SCALE = ".weight._data", ".weight._scale"
@@ -68,8 +69,9 @@ class Int8Linear(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def prepare(self, inputs: Tensor, also: Tensor | None = None) -> Tensor:
-        return (inputs if also is None else inputs + also).to(self.compute_dtype)
+    def prepare(self, inputs: Attended, also: Tensor | None = None) -> Tensor:
+        tokens = inputs if isinstance(inputs, Tensor) else inputs.float()
+        return (tokens if also is None else tokens + also).to(self.compute_dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         weight: Tensor = self.weight()

@@ -144,6 +144,7 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
             compute_dtype=compute_dtype(device),
             attention=AUTO,
             loras=component.loras,
+            folder=self._offload_folder if hybrid else None,
         )
         self._weights = fingerprint(component)
         self._runtime.components.append(loaded_component(component, self._model))

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from runtime.bundles import Lora
+from runtime.offload import in_file
 from runtime.weights import (
     CheckpointMismatch,
     build_on_meta,
@@ -41,6 +43,7 @@ def load_transformer(
     compute_dtype: torch.dtype,
     attention: Attention = AUTO,
     loras: Sequence[Lora] = (),
+    folder: Path | None = None,
 ) -> DiffusionTransformer:
     """The transformer of these files, ready to run.
 
@@ -51,11 +54,12 @@ def load_transformer(
         compute_dtype: of the linears of blocks and context.
         attention: backend of the attention layers.
         loras: are added to the weights; what they change is held in memory, not mapped.
+        folder: what they change is held in files here instead. For weights on the CPU.
 
     Raises:
         CheckpointMismatch: names, shapes or quantisation do not fit, of the files or of a LoRA; nothing has been put on
             the device then.
-        FileNotFoundError: a file is not there.
+        OSError: a file is not there, or the folder has no room.
     """
     tensors = read_checkpoint(files)
     headers = [read_metadata(path) for path in files if path.suffix == ".safetensors"]
@@ -67,11 +71,12 @@ def load_transformer(
     if problems := mismatches(model, shapes):
         raise CheckpointMismatch(f"{source} does not fit {type(model).__name__}: " + "; ".join(problems))
     changes = read_loras(loras, config, shapes)
-    placed = {
-        part: tensor.to(device=device, dtype=dtypes[part])
-        for name in renamed
-        for part, tensor in changes.merged(name, renamed).items()
-    }
+    placed: dict[str, Tensor] = {}
+    for name in renamed:
+        for part, tensor in changes.merged(name, renamed).items():
+            placed[part] = tensor.to(device=device, dtype=dtypes[part])
+            if folder is not None and tensor is not renamed[part]:
+                placed[part] = in_file(placed[part], folder)
     load_weights(model, placed, source=source)
     return model
 

@@ -24,7 +24,7 @@ from services.pose.clip import Batch
 from services.pose.detect import YoloxConfig, letterbox_on_device
 from services.pose.nlf.config import NlfSizes
 from services.pose.nlf.crops import linear_light
-from services.pose.nlf.detector import letterboxed
+from services.pose.nlf.detector import decode, letterboxed
 from services.pose.nlf.model import NlfEstimator
 from services.pose.nlf.weights import unloaded_nlf
 from services.pose.onnx_file import OnnxSizes
@@ -85,19 +85,34 @@ def people_bytes(
     return alive.most
 
 
-@lru_cache(maxsize=64)
 def joints_bytes(nlf: NlfSizes, dtype: torch.dtype, detector: OnnxSizes, batch: Batch, height: int, width: int) -> int:
-    """Of locating people in frames [H, W]: NLF with its pictures and crops, and the detector's pictures."""
-    crops = batch.crops or _CROPS
+    """Of locating people in frames [H, W]: the detector's pictures, then NLF with its own and its crops."""
+    return max(boxes_bytes(detector, batch.frames, height, width), _located(nlf, dtype, batch, height, width))
+
+
+@lru_cache(maxsize=64)
+def boxes_bytes(detector: OnnxSizes, count: int, height: int, width: int) -> int:
+    """Of NLF's looking for people in so many frames [H, W], outside of the network."""
     cells = sum((detector.height // stride) ** 2 for stride in YoloxConfig().strides)
+    with torch.inference_mode(), Alive() as alive:
+        frames = torch.empty(count, height, width, 3, dtype=torch.uint8, device=_META)
+        pictures = linear_light(frames, torch.float32)
+        boxed = letterboxed(pictures, detector.height)
+        given = boxed.float() * 255
+        found = given.new_empty(count, cells, _DETECTOR_NUMBERS)
+        del given
+        decode(found, detector.height)
+        del pictures, boxed, found
+    return alive.most
+
+
+@lru_cache(maxsize=64)
+def _located(nlf: NlfSizes, dtype: torch.dtype, batch: Batch, height: int, width: int) -> int:
+    crops = batch.crops or _CROPS
     unloaded = _nlf(nlf, dtype)
     estimator = NlfEstimator(unloaded.config, unloaded.model, unloaded.canonical_points, crops_at_once=crops)
     with torch.inference_mode(), _NormsInOneKernel(), Alive() as alive:
         frames = torch.empty(batch.frames, height, width, 3, dtype=torch.uint8, device=_META)
-        pictures = linear_light(frames, torch.float32)
-        boxed = letterboxed(pictures, detector.height).float() * 255
-        found = boxed.new_empty(len(frames), cells, _DETECTOR_NUMBERS)
-        del pictures, boxed, found
         each = -(-crops // batch.frames)
         box = torch.tensor([[0.0, 0.0, width, height]], device="cpu").expand(each, 4)
         estimator.poses(frames, [box] * batch.frames)

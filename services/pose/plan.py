@@ -81,8 +81,7 @@ class Networks:
         Raises:
             BundleError: a file is not the network that is needed.
         """
-        files = {name: component.files[0] for name, component in bundle.components.items()}
-        detector, whole_body, joints = (files[name] for name in COMPONENTS)
+        detector, whole_body, joints = (bundle.component(name).files[0] for name in COMPONENTS)
         is_there = joints.is_file()
         masks = mask_components(bundle)
         if is_there:

@@ -7,10 +7,11 @@ has no pose models starts at once.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import numpy as np
@@ -34,7 +35,7 @@ from services.pose.threads import beside_each_other
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from services.pose.clip import Clip, Fit
+    from services.pose.clip import Batch, Clip, Fit
     from services.pose.extract import Drawing, PoseExtractor
     from services.pose.networks import NetworkModels
     from services.pose.persons.masks import PersonMasks
@@ -50,6 +51,7 @@ _MASK_EXPAND = (-10, 50)
 # beyond any person who could be seen: 1 km, and 100 pictures away; focal lengths are in pixels
 _MAX_JOINT_MM, _MAX_KEYPOINT, _MAX_FOCAL_LENGTH = 1e6, 100.0, 1e6
 Context = grpc.aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 Floats = npt.NDArray[np.float32]
 
 
@@ -65,6 +67,8 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         self._kept: KeptPlan | None = None
         self._extractor: PoseExtractor | None = None
         self._models: NetworkModels
+        # one at a time: whoever has gone leaves no count behind that others, GetStatus among them, would wait for
+        self._counting = ThreadPoolExecutor(1, "pose-count")
 
     def add_to(self, server: grpc.aio.Server) -> None:
         pose_pb2_grpc.add_PoseServiceServicer_to_server(self, server)
@@ -130,7 +134,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         mask = require(tensors, "mask_video", (None,), (UINT8,)).data.data if "mask_video" in tensors else None
         reference = _reference_image(tensors) if "reference_image" in tensors else None
         backend = self._mask_backend(extractor, parameters)
-        await asyncio.to_thread(self._check_room, parameters)
+        await self._counted(lambda: self._check_room(parameters))
         limits = VideoLimits(max_frames=parameters.max_frames or _MAX_FRAMES)
         info = _pose_info(await self._runtime.gpu.run(lambda: read_info(video, "video", limits)), parameters.max_frames)
         if mask is not None:
@@ -162,17 +166,34 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         text = f"must be at least {MIN_DEPTH_MM:g} mm in front of the camera, those of frame, person {_first(near)} are not"
         checks.that(not near.any(), "joints", text)
         checks.done()
-        drawn = self._runtime.gpu.stream(lambda: self._drawn(joints, keypoints, camera, parameters))
+        batch = await self._counted(lambda: self._drawing_batch(parameters.height, parameters.width))
+        drawn = self._runtime.gpu.stream(lambda: self._drawn(joints, keypoints, camera, parameters, batch))
         async for portion in drawn:
             for message in self._runtime.send(pb.RenderPoseResponse, portion, context):
                 yield message
 
+    async def _counted(self, count: Callable[[], T]) -> T:
+        """What comes of counting bytes, which takes seconds where a size is new: neither the loop nor the GPU waits."""
+        return await asyncio.get_running_loop().run_in_executor(self._counting, count)
+
+    def _drawing_batch(self, height: int, width: int) -> Batch:
+        """How much is drawn at once; raises OutOfMemory where not even a frame has room."""
+        from services.pose.clip import whole_batch
+
+        if self._extractor is not None:
+            return self._models.batch(height, width)
+        return whole_batch(height, width, on_gpu=self._runtime.device != "cpu")
+
     def _drawn(
-        self, joints: Floats, keypoints: Floats, camera: Floats | None, parameters: pb.RenderPoseParameters
+        self,
+        joints: Floats,
+        keypoints: Floats,
+        camera: Floats | None,
+        parameters: pb.RenderPoseParameters,
+        batch: Batch,
     ) -> Iterator[list[WireTensor]]:
         import torch
 
-        from services.pose.clip import whole_batch
         from services.pose.extract import Drawing, draw
         from services.pose.habits import HABITS
 
@@ -180,8 +201,6 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         drawing = Drawing(joints, keypoints, Drawing.plain_camera(height, width) if camera is None else camera)
         quirks = HABITS[self._preset(parameters)].pose
         device = torch.device(self._runtime.device)
-        whole = whole_batch(height, width, on_gpu=device.type != "cpu")
-        batch = whole if self._extractor is None else self._models.batch(height, width)
         for frames in draw(drawing, height, width, quirks, strokes_of(self._bundle), device, batch):
             yield _drawn_tensors(frames, frames.cpu().numpy() if parameters.full_size else None)
 
@@ -202,7 +221,7 @@ class PoseService(pose_pb2_grpc.PoseServiceServicer):
         return backends.get(asked or self._bundle.pose.mask_backend)
 
     def _check_room(self, parameters: pb.ExtractPoseParameters) -> None:
-        """Looks whether a clip has room on the GPU; where its size is new, that counts for seconds.
+        """Looks whether a clip has room on the GPU.
 
         Raises:
             OutOfMemory: it has not, or the masks that it asks for have not.

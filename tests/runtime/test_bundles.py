@@ -107,6 +107,9 @@ def test_loras_are_files_of_the_models_directory_with_a_multiplier(tmp_path: Pat
         ('[[components.transformer.loras]]\nfile = "a"\nmultiplier = nan', "", "must be a finite number"),
         ('[[components.transformer.loras]]\nfile = "a"\nmultiplier = "1"', "", "must be a finite number"),
         ('[[components.transformer.loras]]\nfile = "a"\nmultiplier = true', "", "must be a finite number"),
+        ('loras = ["a.safetensors"]', "", r"transformer\.loras must be tables.*\[\[components\.transformer\.loras\]\]"),
+        ('loras = "a.safetensors"', "", r"transformer\.loras must be tables.*, got 'a\.safetensors'"),
+        ('[components.transformer.loras]\nfile = "a"', "", r"transformer\.loras must be tables"),
         ("", '[[components.vae.loras]]\nfile = "a"', "loras are of the transformer alone"),
     ],
 )

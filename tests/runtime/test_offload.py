@@ -170,7 +170,7 @@ def test_a_disk_that_hangs_is_not_waited_for_without_end(tmp_path: Path, monkeyp
     with monkeypatch.context() as slow:
         slow.setattr(os, "preadv", hanging)
         slow.setattr(streaming, "_READ_S", 0.05)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError, match=r"an offloaded piece was not read within 0\.05 s"):
             model(VALUES)
         goes_on.set()
         slow.setattr(streaming, "_READ_S", 20)
@@ -186,6 +186,16 @@ def test_the_next_file_is_read_while_a_layer_computes(tmp_path: Path) -> None:
     assert reading is not None
     reading.result(5)
     streamer.close()
+
+
+def test_a_disk_that_gives_up_by_itself_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layers(3)
+    undo = stream_blocks([(layer, filed(layer, tmp_path)) for layer in model], CPU)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "preadv", fails_with(errno.ETIMEDOUT))
+        with pytest.raises(TimeoutError, match="Connection timed out"):
+            model(VALUES)
+    undo()
 
 
 @pytest.mark.gpu

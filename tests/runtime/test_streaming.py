@@ -82,9 +82,22 @@ def test_while_a_layer_computes_the_next_one_is_there_or_on_its_way() -> None:
         streamer.before(index)
         held.append(sorted(each for each in streamer._held if each is not None))
         streamer.after(index)
-    assert held == [[0, 1], [1, 2], [2, 3], [0, 3], [0, 1], [1, 2]]
+    assert held == [[0, 1], [1, 2], [2, 3], [0, 3], [0, 1], [2, 3]]
     streamer.before(0)
     assert sorted(streamer._held) == [0, 1]  # type: ignore[type-var]  # both places are taken
+
+
+@pytest.mark.parametrize("cancelled", range(6))
+def test_after_a_cancelled_run_the_next_layer_is_there_in_time_again(cancelled: int) -> None:
+    streamer = BlockStreamer([packed(layer) for layer in layers(6)], CPU)
+    for index in range(cancelled):
+        streamer.before(index)
+        streamer.after(index)
+    streamer.before(cancelled)
+    for index in range(6):
+        streamer.before(index)
+        assert set(streamer._held) == {index, (index + 1) % 6}
+        streamer.after(index)
 
 
 def test_weights_that_come_for_a_call_are_of_host_memory_afterwards() -> None:

@@ -14,6 +14,7 @@ from services.denoiser.fp8_attention import FP8, HIGHEST, Fp8Attention, Fp8Token
 from services.denoiser.int8 import PLAIN, TurnedInt8Linear
 from services.denoiser.model import AttentionLayer, Linear
 from services.denoiser.precision import BALANCED, FAST, attention_of, fast_attention, has_kernels, set_precision
+from services.denoiser.quantisation import Int8Linear
 from tests.services.denoiser.tiny import SCAIL, normal, predict_animation, transformer
 
 DEVICE = torch.device("cuda:0")
@@ -91,6 +92,9 @@ def test_layers_take_what_was_gathered_for_the_numbers_it_stands_for() -> None:
     layer = TurnedInt8Linear(linear, PLAIN, input_is_turned=True, group=32, gelu=False)
     assert torch.equal(linear(gathered), linear(numbers))
     assert torch.equal(linear.prepare(gathered, numbers), 2 * numbers)
+    dequantising = Int8Linear(32, 8, bias=False)
+    assert torch.equal(dequantising(gathered), dequantising(numbers))
+    assert torch.equal(dequantising.prepare(gathered, numbers), 2 * numbers)
     assert torch.equal(layer.prepare(gathered).data, layer.prepare(numbers).data)
     assert torch.equal(layer(gathered), layer(numbers))
 

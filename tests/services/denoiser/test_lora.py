@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from runtime import offload
 from runtime.bundles import Lora
 from runtime.mapped import MappedPages
 from runtime.weights import CheckpointMismatch
@@ -187,6 +188,28 @@ def test_pages_of_large_changed_weights_are_dropped(
     monkeypatch.setattr(MappedPages, "drop", lambda pages: dropped.append(sum(s.end - s.start for s in pages._spans)))
     load(int8_checkpoint, written(tmp_path, factors(Q, Q_SHAPE) | factors(FFN, FFN_SHAPE, seed=5)))
     assert dropped == [48 * 64]
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_with_a_folder_large_changed_weights_are_in_files_there(
+    checkpoint: Path, int8_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool
+) -> None:
+    folder, name = tmp_path / "offload", Q + (DATA if quantised else ".weight")
+    folder.mkdir()
+    monkeypatch.setattr(offload, "_LARGE_BYTES", 48 * 48)
+    file, lora = int8_checkpoint if quantised else checkpoint, written(tmp_path, factors(Q, Q_SHAPE), MULTIPLIER)
+    model = load_transformer([file], SCAIL, device=CPU, compute_dtype=torch.float32, loras=[lora], folder=folder)
+    for part, tensor in load(file, lora).state_dict().items():
+        assert torch.equal(model.state_dict()[part], tensor), part
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    there = [[int(end, 16) for end in line[0].split("-")] for line in maps if len(line) == 6 and str(folder) in line[5]]
+    inside = {
+        part
+        for part, tensor in model.state_dict().items()
+        if any(start <= tensor.data_ptr() < end for start, end in there)
+    }
+    assert inside == {name}
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("at_once", [1, 100, 1000])
@@ -415,6 +438,14 @@ def test_only_safetensors_are_read(checkpoint: Path, tmp_path: Path) -> None:
         load(checkpoint, Lora(tmp_path / "lora.pth"))
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         load(checkpoint, Lora(tmp_path / "gone.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b"<!doctype html>" * 99, b"", None])
+def test_a_file_that_is_not_whole_is_named(checkpoint: Path, tmp_path: Path, content: bytes | None) -> None:
+    lora = written(tmp_path, factors(Q, Q_SHAPE))
+    lora.file.write_bytes(lora.file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(CheckpointMismatch, match=r"^lora\.safetensors is no whole safetensors file: "):
+        load(checkpoint, lora)
 
 
 OF_36_CHANNELS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from runtime.weights import CheckpointMismatch, build_on_meta
 from services.denoiser.model import PRESETS, DiffusionTransformer, TransformerConfig
 from services.denoiser.quantisation import block_linears
 from services.denoiser.service import DenoiserService
+from services.denoiser.weights import load_transformer
 from tests.services.denoiser.test_service import (
     CONDITIONING,
     Blocks,
@@ -31,6 +33,7 @@ from tests.services.denoiser.test_service import (
 )
 from tests.services.denoiser.tiny import normal
 from tests.services.serving import serving, write_bundle
+from training.random_bundle import random_tensors, shapes_of
 
 LAYERS = 4
 ENTRY = """
@@ -105,15 +108,45 @@ def write_plain(directory: Path) -> Path:
     return plain
 
 
-@pytest.mark.parametrize("precision", ["exact", "balanced"])
-async def test_hybrid_computes_with_the_lora_what_gpu_only_does(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "floats"), [("exact", False), ("balanced", False), ("exact", True)])
+async def test_hybrid_computes_with_the_lora_what_gpu_only_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, floats: bool
+) -> None:
     bundle = few_steps(tmp_path)
+    folders: list[Path | None] = []
+
+    def noted(*given: Any, folder: Path | None, **more: Any) -> DiffusionTransformer:
+        folders.append(folder)
+        return load_transformer(*given, folder=folder, **more)
+
+    monkeypatch.setattr("services.denoiser.service.load_transformer", noted)
+    if floats:
+        write_floats(bundle)
     async with serving("denoiser", partial(DenoiserService, precision=precision), bundle) as whole:
         expected = latents(await run(whole))
-    make = partial(DenoiserService, precision=precision, memory_mode="hybrid", vram_bytes=tightest(bundle))
-    async with serving("denoiser", make, bundle) as hybrid:
-        assert hybrid.service._placement.plan.resident == 0
-        torch.testing.assert_close(latents(await run(hybrid)), expected, rtol=1e-4, atol=1e-4)
+    folder = tmp_path / "offload"
+    folder.mkdir()
+    for offload_folder in (None, folder):
+        make = partial(
+            DenoiserService,
+            precision=precision,
+            memory_mode="hybrid",
+            vram_bytes=tightest(bundle),
+            offload_folder=offload_folder,
+        )
+        async with serving("denoiser", make, bundle) as hybrid:
+            assert hybrid.service._placement.plan.resident == 0
+            for _ in range(2):
+                torch.testing.assert_close(latents(await run(hybrid)), expected, rtol=1e-4, atol=1e-4)
+    assert folders == [None, None, folder]
+
+
+def write_floats(bundle: Bundle) -> None:
+    """The transformer's weights in bfloat16, none of them quantised."""
+    component = bundle.component("transformer")
+    config = configuration(component, PRESETS, TransformerConfig)
+    shapes = shapes_of(build_on_meta(lambda: DiffusionTransformer(config)))
+    save_file(random_tensors(shapes, torch.bfloat16), component.files[0])
 
 
 async def test_another_lora_under_the_same_name_is_another_stage_and_another_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from runtime.budget import DoesNotFit
 from runtime.mapped import MappedPages
+from runtime.offload import FilePiece
 from services.denoiser import placement, streaming
 from services.denoiser.model import Block, DiffusionTransformer
 from services.denoiser.placement import free_budget, place, weights_of
@@ -83,12 +85,27 @@ def test_blocks_that_wait_in_a_folder_give_the_same_bits(
     assert str(folder) in Path("/proc/self/maps").read_text()
 
 
-def test_with_a_folder_the_plan_tells_what_is_on_the_disk(checkpoint: Path) -> None:
-    weights = weights_of(loaded(checkpoint))
-    plan = place(loaded(checkpoint), CPU, budget_for(loaded(checkpoint), 2), TOKENS).plan
-    streamed = DEEP.num_layers - plan.resident
-    assert plan.disk_bytes == streamed * weights.block + DEEP.num_layers * weights.context
-    assert plan.host_bytes_with_disk == plan.host_bytes - plan.disk_bytes + 2 * weights.block
+@pytest.mark.parametrize("resident", [0, 2])
+def test_with_a_folder_the_plan_tells_the_most_that_is_on_the_disk(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int
+) -> None:
+    living: WeakSet[FilePiece] = WeakSet()
+    most = [0]
+
+    class Counted(FilePiece):
+        def __init__(self, size: int, folder: Path) -> None:
+            super().__init__(size, folder)
+            living.add(self)
+            most[0] = max(most[0], sum(len(piece.tensor) for piece in living))
+
+    monkeypatch.setattr("runtime.streaming.FilePiece", Counted)
+    weights, budget = weights_of(loaded(checkpoint)), budget_for(loaded(checkpoint), resident)
+    gaps = 256 * sum(1 for _ in loaded(checkpoint).blocks.state_dict())  # behind each tensor of a piece
+    plan = place(loaded(checkpoint), CPU, budget, TOKENS, folder=tmp_path).plan
+    assert plan.resident == resident
+    assert most[0] - gaps <= plan.disk_bytes <= most[0]
+    of_host_memory = (DEEP.num_layers - resident) * weights.block + DEEP.num_layers * weights.context
+    assert plan.host_bytes_with_disk == plan.host_bytes - of_host_memory + 2 * weights.block
 
 
 def test_without_a_budget_everything_is_on_the_device(checkpoint: Path) -> None:

@@ -151,3 +151,12 @@ def test_a_model_without_images_keeps_fewer_keys() -> None:
         plan_memory(WEIGHTS, plain, LONGEST, 8 * GIB).host_bytes
         < plan_memory(WEIGHTS, SCAIL, LONGEST, 8 * GIB).host_bytes
     )
+
+
+def test_blocks_that_end_up_on_the_device_need_room_in_host_memory_first() -> None:
+    blocks = 40 * (WEIGHTS.block + WEIGHTS.context) + WEIGHTS.on_demand_together
+    few, most = (plan_memory(WEIGHTS, SCAIL, LONGEST, size * GIB) for size in (12, 80))
+    assert few.host_bytes < few.most_host_bytes == blocks
+    assert most.is_whole
+    assert most.most_host_bytes == blocks
+    assert plan_memory(WEIGHTS, SCAIL, LONGEST, None).most_host_bytes == 0

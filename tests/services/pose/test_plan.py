@@ -239,6 +239,8 @@ def test_sizes_are_those_of_the_files(tiny: Bundle) -> None:
     assert (networks.detector.height, networks.detector.width) == (session.height, session.width)
     assert networks.detector == OnnxSizes.of(tiny.component("person_detector").files[0])
     assert networks.backends == ()
+    others = {**tiny.components, "text_encoder": BundleComponent("text_encoder", ())}
+    assert Networks.of(replace(tiny, components=others)) == networks
 
 
 def test_without_files_the_released_sizes_are_planned_with() -> None:

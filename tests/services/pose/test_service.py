@@ -365,6 +365,25 @@ async def test_what_there_is_no_room_for_is_refused_with_the_numbers(pose_bundle
             await pose.ask("ExtractPose", extraction(), driving(walking(5)))
 
 
+async def test_how_much_of_a_drawing_fits_is_counted_beside_the_loop_and_the_gpu(
+    pose_bundle: Bundle, models: DrawnModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting: list[str] = []
+
+    def batch(height: int, width: int) -> Batch:
+        counting.append(threading.current_thread().name)
+        return Batch(4)
+
+    monkeypatch.setattr(models, "batch", batch)
+    joints = WireTensor.from_numpy("joints", standing(5, 1))
+    nobody = WireTensor.from_numpy("keypoints", np.zeros((5, 1, 134, 3), np.float32))
+    async with stage(pose_bundle) as pose:
+        portions = (await pose.ask("RenderPose", drawing(64, 64), [joints, nobody])).named("pose_frames")
+    assert [len(portion.numpy()) for portion in portions] == [4, 1]
+    # not asyncio's own threads either, which GetStatus needs: a caller that has gone would leave one busy
+    assert set(counting) == {"pose-count_0"}
+
+
 async def test_the_stage_reads_how_much_it_may_take(monkeypatch: pytest.MonkeyPatch, bundle: Bundle) -> None:
     monkeypatch.setenv("BUNRAKU_VRAM", "3GiB")
     assert PoseSettings().vram == 3 * 1024**3
