@@ -77,12 +77,13 @@ def request(level: int, denoise_s: float) -> Request:
 def test_a_row_is_compared_with_the_first_one() -> None:
     first = Row(0, [], 30, request(7, 9), request(7, 8), 2, {"denoiser": 2048, "all": 4096})
     same = replace(first, budget=16.0)
-    other = replace(first, budget=12.0, second=request(9, 10))
+    other = replace(first, budget=12.0, second=request(7, 10))
+    other.second.frames[0] = 5  # half of the levels, which are unsigned
     assert one_gpu._line([first]).startswith(
         "| none | 0.00 | 0.00 | 2.00 | 0.00 | 4.00 | 30 | 9.00 | 9.00 | 4.000 | 1.000"
     )
     assert one_gpu._line([first, same]).endswith("| the same |")
-    assert one_gpu._line([first, other]).endswith("| 5.000 | 1.250 | 2.00, 2 |")
+    assert one_gpu._line([first, other]).endswith("| 5.000 | 1.250 | 1.00, 2 |")
 
 
 @pytest.mark.slow

@@ -30,6 +30,13 @@ def test_a_bundle_is_found_by_its_name_too() -> None:
     assert "must be one of scail-14b, scail-14b-10-steps" in unknown.output
 
 
+def test_host_memory_is_told_at_its_most_with_an_offload_folder_and_without() -> None:
+    asked = ["plan", "--bundle", BUNDLE, "--size", "896x512", "--frames", "81", "--vram", "12GiB"]
+    told = CliRunner().invoke(app, asked).output
+    assert "most pinned host memory: 15.9 GiB; streamed in each forward pass: 4.9 GiB" in told
+    assert "with an offload folder: 15.1 GiB of it, and 2.5 GiB of pinned host memory" in told
+
+
 def test_room_for_a_step_cache_is_counted() -> None:
     # without one 4 GiB do: the table's first row
     asked = ["plan", "--bundle", BUNDLE, "--size", "896x512", "--frames", "81", "--vram", "4GiB", "--step-cache"]

@@ -46,6 +46,11 @@ def test_what_remains_goes_to_the_denoiser_until_it_has_enough_and_then_to_the_e
     assert "40 of 40 blocks" in most["denoiser"].words
 
 
+def test_a_denoiser_that_ends_up_on_the_device_needs_room_in_host_memory_first() -> None:
+    assert shares(80)["denoiser"].words.startswith("40 of 40 blocks")
+    assert 15 * GIB < shares(80)["denoiser"].host_bytes < 17 * GIB
+
+
 def test_pose_has_masks_of_several_people_where_that_leaves_the_vae_its_least() -> None:
     assert "a frame at a time, no masks, no room for sam2 and matanyone" in shares(7.5)["pose"].words
     assert re.match(r"(8|16) frames at a time, sam2 streamed", shares(9)["pose"].words)
