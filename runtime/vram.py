@@ -91,6 +91,12 @@ def process_bytes(device: torch.device) -> int | None:
     return next((entry.used for entry in processes[: count.value] if entry.pid == own and entry.used < _UNKNOWN), None)
 
 
+def most_bytes(device: torch.device) -> int | None:
+    """The most that this process has taken of a CUDA device so far; None: the driver does not tell."""
+    outside = outside_allocator(device)  # which only grows
+    return None if outside is None else outside + torch.cuda.max_memory_reserved(device)
+
+
 def device_bytes(device: torch.device) -> int:
     """Bytes of a CUDA device that are taken, by whomever."""
     free, total = torch.cuda.mem_get_info(device)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runtime.budget import DoesNotFit
-from runtime.vram import cap_memory, process_bytes
+from runtime.vram import cap_memory, most_bytes, process_bytes
 from services.denoiser.chunking import run_in_pieces
 from services.denoiser.glue import PLAIN
 from services.denoiser.model import Block, DiffusionTransformer
@@ -47,6 +47,12 @@ class Placement:
         at_once = min(self.plan.tokens_at_once or tokens, tokens)
         if 0 < needed.tokens_at_once < at_once:
             raise DoesNotFit(f"{clip} fit {needed.tokens_at_once} at once where {at_once} would be computed {advice}")
+
+    def excess(self, device: torch.device) -> int:
+        """Bytes that the process has taken of a CUDA device beyond its budget: above 0 is a bug of the plan."""
+        if self.budget is None or device.type != "cuda":
+            return 0
+        return max(0, (most_bytes(device) or 0) - self.budget)
 
     def __str__(self) -> str:
         return self.plan.words(self.weights.num_blocks)

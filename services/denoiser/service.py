@@ -201,6 +201,10 @@ class DenoiserService(denoiser_pb2_grpc.DenoiserServiceServicer):
                 for message in await self._give_back(outcome, run.digest, context):
                     yield message
                 raise NotReady("the denoiser stage is draining; go on from the checkpoint", reason="STAGE_DRAINING")
+        if excess := self._placement.excess(torch.device(self._runtime.device)):
+            _log.error(
+                "the budget was exceeded by %d MiB, which is a bug; the plan was: %s", excess >> 20, self._placement
+            )
 
     def _steps(
         self, run: Run, plan: Plan, parameters: pb.DenoiseParameters, tensors: Mapping[str, WireTensor]

@@ -14,7 +14,7 @@ import torch
 
 from runtime import vram
 from runtime.budget import DoesNotFit
-from runtime.vram import OVERHEAD_BYTES, Peak, cap_memory, outside_allocator, process_bytes
+from runtime.vram import OVERHEAD_BYTES, Peak, cap_memory, most_bytes, outside_allocator, process_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 1024**2
@@ -87,6 +87,13 @@ def test_what_is_outside_the_allocator_already_counts_if_it_is_more(driver: Driv
     driver.outside, driver.reserved = 150 * MIB, 70 * MIB
     assert outside_allocator(CUDA) == 150 * MIB
     assert cap_memory(CUDA, 500 * MIB, overhead_bytes=100 * MIB) == 350 * MIB
+
+
+def test_the_most_is_what_the_allocator_held_and_what_is_outside_of_it(driver: Driver) -> None:
+    driver.outside, driver.reserved, driver.most_reserved = 150 * MIB, 70 * MIB, 200 * MIB
+    assert most_bytes(CUDA) == 350 * MIB
+    driver.fails = True
+    assert most_bytes(CUDA) is None
 
 
 def test_a_cap_is_never_raised(driver: Driver) -> None:

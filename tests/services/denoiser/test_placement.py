@@ -85,6 +85,17 @@ def test_blocks_that_wait_in_a_folder_give_the_same_bits(
     assert str(folder) in Path("/proc/self/maps").read_text()
 
 
+def test_what_is_taken_beyond_the_budget_is_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = budget_for(loaded(checkpoint), 2)
+    placed = place(loaded(checkpoint), CPU, budget, TOKENS)
+    for taken, excess in ((budget + 7, 7), (budget, 0), (budget - 7, 0), (None, 0)):
+        monkeypatch.setattr(placement, "most_bytes", lambda device, taken=taken: taken)
+        assert placed.excess(CUDA) == excess
+    monkeypatch.setattr(placement, "most_bytes", lambda device: 1 << 60)
+    assert placed.excess(CPU) == 0
+    assert place(loaded(checkpoint), CPU, None, TOKENS).excess(CUDA) == 0
+
+
 @pytest.mark.parametrize("resident", [0, 2])
 def test_with_a_folder_the_plan_tells_the_most_that_is_on_the_disk(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resident: int

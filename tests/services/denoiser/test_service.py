@@ -868,6 +868,17 @@ async def test_hybrid_gives_the_latents_of_gpu_only_and_refuses_clips_that_excee
             await run(hybrid, num_frames=257, height=512, width=512)
 
 
+async def test_a_budget_that_was_exceeded_is_a_bug_that_the_log_tells(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stage(bundle) as denoiser:
+        await run(denoiser)
+        assert "budget" not in caplog.text
+        monkeypatch.setattr("services.denoiser.placement.Placement.excess", lambda placed, device: 3 * 2**20)
+        await run(denoiser)
+        assert "the budget was exceeded by 3 MiB, which is a bug; the plan was: " in caplog.text
+
+
 async def test_hybrid_with_a_folder_gives_the_latents_of_hybrid_without(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path, num_layers=12)
     make = partial(DenoiserService, memory_mode="hybrid", vram_bytes=tightest(bundle))
